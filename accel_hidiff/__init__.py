@@ -1,0 +1,42 @@
+"""accel_hidiff: HiDiffusion on diffusers UNets, compiled ahead of time and served without compilation.
+
+Importing this package imports no torch; each public name loads its module at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "HiDiffusionConfig": "config",
+    "Topology": "topology",
+    "Phase": "schedule",
+    "PhasePlan": "schedule",
+    "Patch": "patching",
+    "apply_hidiffusion": "patching",
+    "remove_hidiffusion": "patching",
+    "accelerate": "pipeline",
+    "Handle": "pipeline",
+    "AccelHiDiffError": "errors",
+    "BadInput": "errors",
+    "UnknownLayout": "errors",
+    "NotAPipeline": "errors",
+    "PatchConflict": "errors",
+    "NoPhase": "errors",
+    "GraphMiss": "errors",
+    "CompileFailed": "errors",
+}
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'accel_hidiff' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"accel_hidiff.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,258 @@
+"""AOTInductor: regions exported once, compiled ahead of time into packages without weights, bound to live weights.
+
+Two keys as in a remote build cache: the action key (`RegionGraph.key`) comes from cheap facts; the content key comes
+from the exported program, so that a region that exports to a known graph reuses its artifact. A warm start computes
+action keys only and never traces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import accel_hidiff
+from accel_hidiff.backends.base import BoundRegion, Prepared
+from accel_hidiff.errors import CompileFailed
+from accel_hidiff.regions import RegionGraph
+from compile_cache import CacheKey, CompileCache, Entry, Range, ShapeBucket
+from compile_cache.environment import environment_factors
+
+# Passed to one compilation at a time, never set globally.
+OPTIONS: dict[str, bool | int | str] = {
+    "aot_inductor.package_constants_in_so": False,  # no weights in the artifact
+    "cpp.dynamic_threads": True,  # else the compiling machine's thread count is baked into the code
+}
+_PACKAGE = "package.pt2"
+_GRAPH_SOURCES = ("regions.py", "windows.py", "patching.py", "call.py", "backends/aot.py")
+
+
+class AOTBackend:
+    """Export with `torch.export`, compile with AOTInductor, load without a compiler."""
+
+    name = "aot"
+    persistent = True
+
+    def factors(self, device: torch.device) -> Mapping[str, Any]:
+        return _factors(device.type)
+
+    def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
+        start = time.perf_counter()
+        factors = self.factors(graph.device)
+        action = graph.key(factors)
+        if (entry := cache.get(action)) is not None:
+            return Prepared(entry, False, time.perf_counter() - start)
+        program, inputs = _export(graph)
+        served = _served_bucket(graph, program)
+        compiler = {name: value for name, value in factors.items() if name != "versions"}  # the program says it all
+        content = CacheKey({"content": program_digest(program), **compiler})
+        compiled = False
+
+        def build(directory: Path) -> Mapping[str, Any]:
+            nonlocal compiled
+            compiled = True
+            _compile(graph, program, directory / _PACKAGE)
+            return {"region": graph.region.kind, "serves": served.to_json(), "inputs": inputs}
+
+        entry = cache.link(action, cache.get_or_build(content, build))
+        return Prepared(entry, compiled, time.perf_counter() - start)
+
+    def served(self, entry: Entry) -> ShapeBucket:
+        serves: Any = entry.notes["serves"]
+        return ShapeBucket.from_json(serves)
+
+    def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
+        assert entry is not None, "a persistent backend binds a cache entry"
+        package = _load(_unpacked(entry), graph.device)
+        module = graph.region.graph_module(graph.traits)
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        names = package.get_constant_fqns()
+        if missing := [name for name in names if name not in tensors]:
+            raise CompileFailed(
+                f"{graph.region.path}: expected a region that holds {missing[0]}, which artifact {entry.digest[:12]} "
+                "binds; it was made for another structure: delete it (compile-cache verify) and compile again"
+            )
+        bound = {name: tensors[name] for name in names}
+        package.load_constants(bound, False, True, user_managed=True)  # all of the active buffer
+        run = package.boxed_run
+
+        def call(*inputs: Tensor) -> Tensor:
+            out: Tensor = run(list(inputs))[0]
+            return out
+
+        return BoundRegion(call, self.served(entry), (package, bound))
+
+
+def _load(path: Path, device: torch.device) -> Any:
+    """Loads a package by torch's C++ loader.
+
+    `torch._inductor.aoti_load_package` wraps the same loader, but first probes the vector instructions of this CPU, for
+    a log line, by compiling and running programs: a serving process has no use for a compiler. What it would compare
+    is part of every action key.
+    """
+    run_single_threaded, num_runners = False, 1
+    loader = torch._C._aoti.AOTIModelPackageLoader
+    return loader(str(path), "model", run_single_threaded, num_runners, _device_index(device))
+
+
+def _device_index(device: torch.device) -> int:
+    return -1 if device.type == "cpu" else (torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=8)
+def _factors(device: str) -> Mapping[str, Any]:
+    here = Path(accel_hidiff.__file__).parent
+    sources = hashlib.sha256(b"".join((here / name).read_bytes() for name in _GRAPH_SOURCES)).hexdigest()
+    return {
+        "backend": "aot",
+        "options": dict(OPTIONS),
+        "environment": environment_factors(device),
+        "versions": {
+            "diffusers": metadata.version("diffusers"),
+            "accel_hidiff": accel_hidiff.__version__,
+            "accel_hidiff source": sources,
+        },
+    }
+
+
+def _export(graph: RegionGraph) -> tuple[torch.export.ExportedProgram, list[Any]]:
+    example = graph.example()
+    dims = {
+        name: torch.export.Dim(name, min=size.minimum // size.multiple, max=size.maximum // size.multiple)
+        for name, size in graph.bucket.dims.items()
+        if not size.is_exact
+    }
+
+    def symbol(name: str) -> Any:
+        multiple = graph.bucket.dims[name].multiple
+        return dims[name] if multiple == 1 else multiple * dims[name]
+
+    axes = [{axis: symbol(name) for axis, name in axes.items() if name in dims} for axes in graph.region.axes]
+    shapes = (tuple(axes[: len(example)]) + ({},) * (len(example) - len(axes)),) if dims else None
+    try:
+        with torch.no_grad():
+            module = graph.region.graph_module(graph.traits)
+            program = _quietly(torch.export.export, module, example, dynamic_shapes=shapes, strict=False)
+    except Exception as problem:
+        raise CompileFailed(
+            f"{graph.region.path}: cannot be exported with {graph.bucket}: {type(problem).__name__}: "
+            f"{str(problem).strip().splitlines()[0]}; backend='inductor' compiles regions without export"
+        ) from problem
+    if program.constants:
+        raise CompileFailed(
+            f"{graph.region.path}: expected weights and inputs only, its graph also holds the tensor constant "
+            f"{next(iter(program.constants))}; use backend='inductor' for this model"
+        )
+    return program, [[list(tensor.shape), str(tensor.dtype), list(tensor.stride())] for tensor in example]
+
+
+def _served_bucket(graph: RegionGraph, program: torch.export.ExportedProgram) -> ShapeBucket:
+    """The bucket narrowed to the range constraints that export recorded, which can be tighter than those asked for."""
+    inputs = [
+        node.meta["val"]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    ]
+    dims = dict(graph.bucket.dims)
+    for tensor, axes in zip(inputs, graph.region.axes, strict=False):
+        for axis, name in axes.items():
+            size = tensor.shape[axis]
+            if isinstance(size, int):
+                if dims[name].reject(size) is not None or not dims[name].is_exact:
+                    raise CompileFailed(
+                        f"{graph.region.path}: asked for {name} {dims[name]}, export fixed it at {size}; "
+                        "use shapes='exact' for this model"
+                    )
+                continue
+            expression = size.node.expr
+            (base,) = expression.free_symbols
+            multiple = int(expression / base)
+            limits = program.range_constraints[base]
+            narrowed = Range(multiple * int(limits.lower), multiple * int(limits.upper), multiple)
+            dims[name] = dims[name].intersect(narrowed) or narrowed
+    return ShapeBucket(dims)
+
+
+def program_digest(program: torch.export.ExportedProgram) -> str:
+    """SHA-256 of an exported program: operators, arguments, shapes, strides, dtypes, weights' names, range constraints.
+
+    Weights' values, source positions and stack traces are not in it.
+    """
+    lines = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        lines.append([node.op, node.name, str(node.target), str(node.args), str(node.kwargs), _describe(value)])
+    ranges = sorted((str(symbol), str(limits)) for symbol, limits in program.range_constraints.items())
+    signature = program.graph_signature
+    specs = [
+        [str(spec.kind), str(spec.arg), str(spec.target)] for spec in [*signature.input_specs, *signature.output_specs]
+    ]
+    text = json.dumps([lines, ranges, specs], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        facts = (tuple(value.shape), value.stride(), value.dtype, value.device)
+        return [str(fact) for fact in facts]
+    if isinstance(value, list | tuple):
+        return [_describe(item) for item in value]
+    return str(value)
+
+
+def _compile(graph: RegionGraph, program: torch.export.ExportedProgram, path: Path) -> None:
+    try:
+        with torch.no_grad():
+            options = {"package_path": str(path), "inductor_configs": dict(OPTIONS)}
+            _quietly(torch._inductor.aoti_compile_and_package, program, **options)
+    except Exception as problem:
+        lines = str(problem).strip().splitlines()
+        raise CompileFailed(
+            f"{graph.region.path}: AOTInductor failed: {type(problem).__name__}: {lines[0] if lines else ''}; "
+            "`accel-hidiff doctor` tells whether a compiler is usable here"
+        ) from problem
+
+
+def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls into torch's compiler without the deprecation warnings that it gives itself."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        return function(*args, **kwargs)
+
+
+class _Unpacked:
+    """Verified packages of this process: written once to a private temporary directory, loaded once per region."""
+
+    def __init__(self) -> None:
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._owner = 0
+
+    def path(self, sha256: str, data: bytes) -> Path:
+        if self._directory is None or self._owner != os.getpid():
+            self._directory, self._owner = tempfile.TemporaryDirectory(prefix="accel-hidiff-"), os.getpid()
+        path = Path(self._directory.name) / f"{sha256}.pt2"
+        if not path.exists():
+            partial = path.with_suffix(f".{id(data)}.part")
+            partial.write_bytes(data)
+            partial.replace(path)
+        return path
+
+
+_UNPACKED = _Unpacked()
+
+
+def _unpacked(entry: Entry) -> Path:
+    """The package as a file that holds exactly the bytes whose checksum was verified."""
+    return _UNPACKED.path(entry.files[_PACKAGE].sha256, entry.read(_PACKAGE))

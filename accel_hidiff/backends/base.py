@@ -1,0 +1,65 @@
+"""The protocol that every backend keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from accel_hidiff.call import RegionCall
+from accel_hidiff.regions import RegionGraph
+from compile_cache import CompileCache, Entry, ShapeBucket
+
+
+@dataclass(frozen=True)
+class BoundRegion:
+    """A compiled region over live weights.
+
+    Attributes:
+        call: takes the region's input tensors, returns its output tensor.
+        bucket: the sizes that it may be fed with, as the compiler guarantees them.
+        keepalive: whatever must live as long as `call`: the bound weights.
+    """
+
+    call: RegionCall
+    bucket: ShapeBucket
+    keepalive: Any = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` found or made: the cache entry, and whether it had to be compiled."""
+
+    entry: Entry
+    compiled: bool
+    seconds: float
+
+
+class Backend(Protocol):
+    """How region graphs are compiled, kept and called."""
+
+    name: str
+    persistent: bool
+    """True: `prepare` stores artifacts in the compile cache and `bind` needs one; False: `bind` compiles by itself."""
+
+    def factors(self, device: torch.device) -> Mapping[str, Any]:
+        """Everything that an artifact depends on besides its region: environment, versions, every compile option."""
+
+    def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
+        """Compiles a graph into the cache, or finds that an equal graph is there already. Persistent backends only.
+
+        Raises:
+            CompileFailed: the region cannot be exported or compiled.
+        """
+
+    def served(self, entry: Entry) -> ShapeBucket:
+        """The sizes that an artifact may be fed with. Persistent backends only."""
+
+    def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
+        """A call over the region's live weights; None: run the region eager.
+
+        Raises:
+            CompileFailed: the artifact does not fit the region.
+        """

@@ -1,0 +1,32 @@
+"""The reference backend: nothing is compiled, every region runs as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from accel_hidiff.backends.base import BoundRegion, Prepared
+from accel_hidiff.errors import CompileFailed
+from accel_hidiff.regions import RegionGraph
+from compile_cache import CompileCache, Entry, ShapeBucket
+
+
+class EagerBackend:
+    """Runs every region eager; guard, phases and dispatch stay the same, for comparison."""
+
+    name = "eager"
+    persistent = False
+
+    def factors(self, device: torch.device) -> Mapping[str, Any]:
+        return {"backend": self.name}
+
+    def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
+        raise CompileFailed("the eager backend compiles nothing; use backend='aot' to fill a cache")
+
+    def served(self, entry: Entry) -> ShapeBucket:
+        raise CompileFailed(f"the {self.name} backend has no artifacts")
+
+    def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
+        return None

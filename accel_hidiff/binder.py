@@ -1,0 +1,167 @@
+"""The binder: from a region graph to a call over live weights, through the compile cache. The slow path."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel_hidiff.backends import Backend, BoundRegion
+from accel_hidiff.guard import Accept, Reject, judge_sizes
+from accel_hidiff.regions import Region, RegionGraph, Sizes, bucket_of, example_sizes
+from accel_hidiff.stats import Stats
+from accel_hidiff.topology import Topology
+from compile_cache import CacheKey, CompileCache, Entry
+
+_ALIGNMENT = 16  # bytes; compiled code may load this much at once
+
+
+class BoundCall:
+    """One region's compiled call at one size: brings inputs into the form that the artifact was compiled for."""
+
+    __slots__ = ("_format", "_run", "shape")
+
+    def __init__(self, bound: BoundRegion, region: Region, sizes: Sizes) -> None:
+        self._run = bound.call
+        self._format = region.memory_format
+        self.shape = torch.Size((sizes["batch"], region.channels, sizes["height"], sizes["width"]))
+
+    def __call__(self, image: Tensor, *rest: Tensor) -> Tensor:
+        if not image.is_contiguous(memory_format=self._format):
+            image = image.contiguous(memory_format=self._format)
+        return self._run(_aligned(image), *(_aligned(tensor.contiguous()) for tensor in rest))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A region graph that the cache does not hold, and what it holds instead."""
+
+    graph: RegionGraph
+    reason: str
+
+
+class Binder:
+    """Binds region graphs; remembers what it bound. Thread safe.
+
+    Args:
+        cache: where artifacts lie; None for a backend that keeps none.
+        backend: compiles and loads.
+        shapes: "symbolic" or "exact", see `regions.bucket_of`.
+        stats: counters to keep.
+    """
+
+    def __init__(self, cache: CompileCache | None, backend: Backend, shapes: str, stats: Stats) -> None:
+        self.cache = cache
+        self.backend = backend
+        self.shapes = shapes
+        self.stats = stats
+        self._bound: dict[tuple[str, str], BoundRegion | None] = {}
+        self._entries: dict[str, Entry] = {}
+        self._keys: dict[Any, CacheKey] = {}
+        self._lock = threading.RLock()
+
+    def graph(
+        self, region: Region, topology: Topology, sizes: Sizes, dtype: torch.dtype, device: torch.device
+    ) -> RegionGraph:
+        """The graph of a region that serves a call of these sizes: in its symbolic bucket where the artifact's own
+        constraints cover them, in an exact one otherwise."""
+        traits = region.traits(topology)
+        for shapes in dict.fromkeys((self.shapes, "exact")):
+            bucket = bucket_of(region, traits, sizes, shapes)
+            graph = RegionGraph(region, traits, bucket, example_sizes(bucket, sizes), dtype, device)
+            entry = self.entry(self.key(graph))
+            if entry is None or isinstance(judge_sizes(region.path, self.backend.served(entry), sizes), Accept):
+                break
+        return graph
+
+    def key(self, graph: RegionGraph) -> CacheKey:
+        """The action key of a graph under this backend; computed once."""
+        traits = tuple(sorted(graph.traits.items()))
+        name = graph.region.path, graph.region.structure, traits, graph.bucket, graph.dtype, graph.device
+        key = self._keys.get(name)
+        if key is None:
+            key = self._keys[name] = graph.key(self.backend.factors(graph.device))
+        return key
+
+    def entry(self, key: CacheKey) -> Entry | None:
+        """The cache's entry for a key, remembered once found."""
+        if self.cache is None or not self.backend.persistent:
+            return None
+        with self._lock:
+            entry = self._entries.get(key.digest)
+            if entry is None:
+                entry = self.cache.get(key)
+                if entry is not None:
+                    self._entries[key.digest] = entry
+                    self.stats.loads += 1
+            return entry
+
+    def prepare(self, graph: RegionGraph) -> bool:
+        """Makes sure that a graph is compiled; True if this call compiled it."""
+        if not self.backend.persistent:
+            return self._bind(graph, self.key(graph), None) is not None
+        assert self.cache is not None, "a persistent backend has a cache"
+        key = self.key(graph)
+        if self.entry(key) is not None:
+            return False
+        self.stats.misses += 1
+        prepared = self.backend.prepare(graph, self.cache)
+        with self._lock:
+            self._entries[key.digest] = prepared.entry
+            self.stats.compiles += prepared.compiled
+        return prepared.compiled
+
+    def bind_all(
+        self, graphs: Sequence[tuple[RegionGraph, Sizes]], compile_missing: bool
+    ) -> dict[str, BoundCall] | Missing | Reject:
+        """Calls for all regions of a UNet graph, by path; or the first one that is missing or does not fit.
+
+        Raises:
+            CompileFailed: a region cannot be compiled.
+        """
+        if self.backend.persistent and not compile_missing:
+            for graph, _ in graphs:
+                key = self.key(graph)
+                if self.entry(key) is None:
+                    assert self.cache is not None
+                    return Missing(graph, self.cache.explain(key))
+        calls = {}
+        for graph, sizes in graphs:
+            self.prepare(graph)
+            key = self.key(graph)
+            bound = self._bind(graph, key, self.entry(key))
+            if bound is None:
+                continue
+            decision = judge_sizes(graph.region.path, bound.bucket, sizes)
+            if isinstance(decision, Reject):
+                return decision
+            calls[graph.region.path] = BoundCall(bound, graph.region, sizes)
+        return calls
+
+    def is_bound(self, graph: RegionGraph) -> bool:
+        """True if the graph is loaded and bound to its region's weights."""
+        return (graph.region.path, self.key(graph).digest) in self._bound
+
+    def forget_bindings(self) -> None:
+        """Weights were replaced or the structure changed: nothing that is bound may be used again."""
+        with self._lock:
+            self._bound.clear()
+
+    def _bind(self, graph: RegionGraph, key: CacheKey, entry: Entry | None) -> BoundRegion | None:
+        name = (graph.region.path, key.digest)
+        with self._lock:
+            if name not in self._bound:
+                self._bound[name] = self.backend.bind(graph, entry)
+                if entry is not None:
+                    self.stats.bindings += 1
+                elif not self.backend.persistent and self._bound[name] is not None:
+                    self.stats.compiles += 1
+            return self._bound[name]

@@ -1,0 +1,61 @@
+"""UNetCall: everything that one call of a patched UNet needs to know, passed to the patches by a thread-local scope.
+
+The state lives for one call: nothing of it stays on a module, so that an interrupted request leaves nothing behind and
+threads do not see each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from accel_hidiff.families import Size
+from accel_hidiff.topology import Topology
+
+RegionCall = Callable[..., Tensor]
+
+
+@dataclass(slots=True)
+class UNetCall:
+    """One call of a patched UNet.
+
+    Attributes:
+        topology: which graph runs.
+        shifts: (K,) int64, one window shift per windowed block in call order, on the UNet's device.
+        first_shift: index of `shifts[0]` among all windowed blocks (not 0 where a region is exported alone).
+        regions: compiled region calls by module path; what is not in it runs eager.
+        window: the feature map and its shifts inside of a windowed transformer, None outside.
+        before_pool: feature size before the average pool, None where nothing was pooled.
+    """
+
+    topology: Topology
+    shifts: Tensor | None = None
+    first_shift: int = 0
+    regions: Mapping[str, RegionCall] = field(default_factory=dict)
+    window: tuple[int, int, Tensor] | None = None
+    before_pool: Size | None = None
+
+    def shifts_of(self, first: int, count: int) -> Tensor | None:
+        """The shifts of `count` windowed blocks from block `first` on."""
+        if self.shifts is None:
+            return None
+        return self.shifts[first - self.first_shift : first - self.first_shift + count]
+
+
+class CallScope(threading.local):
+    """Where patches find the call that they are in: `scope.call`, None outside of a call."""
+
+    call: UNetCall | None = None
+
+    @contextmanager
+    def opened(self, call: UNetCall) -> Iterator[UNetCall]:
+        """Makes `call` the current one for this thread; restores the outer one, also when the body raises."""
+        outer, self.call = self.call, call
+        try:
+            yield call
+        finally:
+            self.call = outer

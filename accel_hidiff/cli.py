@@ -1,0 +1,252 @@
+"""The command line: `accel-hidiff {demo,precompile,generate,explain,doctor}`.
+
+Exit codes: 0 done, 1 the work failed, 2 bad usage or bad input, with one line on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from accel_hidiff.config import HiDiffusionConfig, check_pixels, check_steps
+from accel_hidiff.errors import AccelHiDiffError, BadInput, CompileFailed, PatchConflict
+from compile_cache import CompileCache, CompileCacheError
+from compile_cache.console import run_app
+
+app = typer.Typer(add_completion=False, help="Compiled HiDiffusion for diffusers pipelines.")
+
+Model = Annotated[str, typer.Argument(help="A diffusers folder or a hub id (owner/name).", show_default=False)]
+Sizes = Annotated[
+    list[str], typer.Option("--size", help="WIDTHxHEIGHT in pixels; repeat for more.", show_default=False)
+]
+Steps = Annotated[int, typer.Option("--steps", help="Denoising steps of a request.")]
+CacheDir = Annotated[Path, typer.Option("--cache", help="Directory of the compile cache.")]
+Backend = Annotated[str, typer.Option(help="aot, inductor or eager.")]
+Regions = Annotated[str, typer.Option(help="blocks or whole.")]
+Shapes = Annotated[str, typer.Option(help="symbolic or exact.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the best one here by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+_CACHE = Path("compile-cache")
+_SIZE = re.compile(r"\s*(-?\d+)\s*[xX]\s*(-?\d+)\s*")
+
+
+@app.callback()
+def quiet() -> None:
+    """Compiled HiDiffusion for diffusers pipelines."""
+    # This process is ours: hints and progress bars of the model libraries stay out of its output.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) from "WIDTHxHEIGHT".
+
+    >>> parse_size("2688x1536")
+    (1536, 2688)
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise BadInput(f"--size: expected WIDTHxHEIGHT in pixels, such as 2688x1536, got {text!r}")
+    width, height = int(match[1]), int(match[2])
+    return check_pixels(height, width)
+
+
+@app.command()
+def precompile(
+    model: Model,
+    size: Sizes,
+    steps: Steps = 30,
+    cache: CacheDir = _CACHE,
+    regions: Regions = "blocks",
+    shapes: Shapes = "symbolic",
+    batch: Annotated[list[int], typer.Option(help="UNet batch, guidance counted; repeat for more.")] = [1, 2],  # noqa: B006
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile every graph that requests of these sizes need. Can be stopped and started again."""
+    sizes = [parse_size(text) for text in size]
+    check_steps(steps)
+    from accel_hidiff.models import check_model
+
+    check_model(model)
+    store = CompileCache(cache)
+    store.require_writable()
+    handle = _accelerate(model, dtype, device, cache=store, regions=regions, shapes=shapes)
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("looking for graphs", total=None)
+
+        def show(event: Any) -> None:
+            finished = event.state != "compiling"
+            bar.update(task, total=event.total, completed=event.number - (not finished))
+            bar.update(task, description=f"{event.region} {event.state}")
+            if finished:
+                line = f"{event.number:3} of {event.total}  {event.state:8} {event.seconds:6.1f} s  {event.region}"
+                console.print(line, highlight=False)
+
+        report = handle.precompile(sizes, steps, batch_sizes=batch, progress=show)
+    _print(report.to_json() if as_json else report.table())
+
+
+@app.command()
+def generate(
+    model: Model,
+    size: Sizes,
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = "a red circle on blue",
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("images"),
+    steps: Steps = 30,
+    cache: CacheDir = _CACHE,
+    backend: Backend = "aot",
+    on_miss: Annotated[str, typer.Option(help="compile, eager or error.")] = "compile",
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 and below: off.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Seed of the generator.")] = 0,
+    regions: Regions = "blocks",
+    shapes: Shapes = "symbolic",
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate one PNG per size."""
+    import torch
+
+    sizes = [parse_size(text) for text in size]
+    check_steps(steps)
+    store = CompileCache(cache)
+    out.mkdir(parents=True, exist_ok=True)
+    options = {"cache": store, "backend": backend, "on_miss": on_miss, "regions": regions, "shapes": shapes}
+    handle = _accelerate(model, dtype, device, **options)
+    pipe = handle.pipe
+    pipe.set_progress_bar_config(disable=as_json)
+    written = []
+    for height, width in sizes:
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        arguments = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance_scale}
+        image = pipe(prompt, generator=generator, **arguments).images[0]
+        path = out / f"{width}x{height}.png"
+        partial = path.with_suffix(".part.png")
+        image.save(partial)
+        partial.replace(path)
+        written.append(str(path))
+    if as_json:
+        _print({"images": written, "stats": handle.stats.to_json()})
+        return
+    for path_text in written:
+        print(path_text)
+    for reason, count in handle.stats.rejected.items():
+        print(f"{count} calls ran eager: {reason}", file=sys.stderr)
+
+
+@app.command()
+def explain(
+    model: Model,
+    size: Sizes,
+    steps: Steps = 30,
+    cache: CacheDir = _CACHE,
+    backend: Backend = "aot",
+    regions: Regions = "blocks",
+    shapes: Shapes = "symbolic",
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which graph runs at which step, and whether the cache holds it."""
+    sizes = [parse_size(text) for text in size]
+    check_steps(steps)
+    options = {"cache": CompileCache(cache), "backend": backend, "regions": regions, "shapes": shapes}
+    handle = _accelerate(model, dtype, device, **options)
+    explanations = [handle.explain(height, width, steps) for height, width in sizes]
+    if as_json:
+        _print([explanation.to_json() for explanation in explanations])
+        return
+    for explanation in explanations:
+        print(explanation)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Tell which backends and devices are usable here, and for each that is not, why."""
+    from accel_hidiff.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print([finding.to_json() for finding in findings])
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("part", "usable", "detail"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.part, "yes" if finding.usable else "no", finding.detail)
+    _print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the model, the cache, the images and the plot.")] = Path(
+        "demo-out"
+    ),
+    steps: Steps = 20,
+    size: Annotated[list[str], typer.Option("--size", help="WIDTHxHEIGHT; repeat for more.")] = [  # noqa: B006
+        "512x512",
+        "640x384",
+        "384x640",
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Build a small SDXL model, precompile three sizes, serve them in a new process; write images and a plot."""
+    from accel_hidiff.demo.run import run_demo
+
+    sizes = [parse_size(text) for text in size]
+    report = run_demo(out, sizes, check_steps(steps), Console(stderr=True))
+    _print(report.to_json() if as_json else report.table())
+
+
+def _accelerate(model: str, dtype: str | None, device: str | None, **options: Any) -> Any:
+    from accel_hidiff.models import load_pipeline
+    from accel_hidiff.pipeline import accelerate
+
+    return accelerate(load_pipeline(model, dtype, device), hidiffusion=HiDiffusionConfig(), **options)
+
+
+def _print(value: Any) -> None:
+    if isinstance(value, Table):
+        Console().print(value)
+    else:
+        print(json.dumps(value, indent=1))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    bad_input = (AccelHiDiffError, CompileCacheError)
+    return run_app(app, "accel-hidiff", arguments, bad_input=bad_input, failed=(CompileFailed, PatchConflict))
+
+
+def main() -> None:
+    """Console entry point."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

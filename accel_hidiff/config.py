@@ -1,0 +1,113 @@
+"""Frozen, validated, versioned configurations with a JSON round trip. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accel_hidiff.errors import BadInput
+
+TASKS = ("text2img", "img2img", "inpaint", "controlnet", "controlnet_img2img")
+FAMILIES = ("sd15", "sdxl", "sdxl_turbo")
+
+
+@dataclass(frozen=True)
+class HiDiffusionConfig:
+    """What to change of HiDiffusion's published settings; the defaults change nothing.
+
+    Args:
+        t1_ratio: share of the steps, 0..1, that the longer RAU-Net range ends at; None: the table of the family and
+            size (see `accel_hidiff.schedule`).
+        t2_ratio: the same for the shorter range; 0 switches that part off. T2 <= T1.
+        aggressive: SDXL below 4096: start with the dilated downsampler (True), or pool only (False); None: False for
+            inpainting UNets, else True. Playground models want False.
+        windowed, pooled, dilated: which of the three parts may be on at all.
+        shift_seed: seed of the window shifts where a request brings no single generator.
+
+    Raises:
+        BadInput: a ratio outside 0..1, T2 > T1, or a value of another type.
+    """
+
+    t1_ratio: float | None = None
+    t2_ratio: float | None = None
+    aggressive: bool | None = None
+    windowed: bool = True
+    pooled: bool = True
+    dilated: bool = True
+    shift_seed: int = 0
+
+    VERSION = 1
+
+    def __post_init__(self) -> None:
+        for name in ("t1_ratio", "t2_ratio"):
+            ratio = getattr(self, name)
+            if ratio is None:
+                continue
+            number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+            if not number or not math.isfinite(ratio) or not 0 <= ratio <= 1:
+                raise BadInput(f"{name}: expected a number in 0..1 or None, got {ratio!r}; it is a share of the steps")
+        if self.t1_ratio is not None and self.t2_ratio is not None and self.t2_ratio > self.t1_ratio:
+            raise BadInput(f"expected t2_ratio <= t1_ratio, got {self.t2_ratio} > {self.t1_ratio}; swap the two?")
+        if self.aggressive is not None and not isinstance(self.aggressive, bool):
+            raise BadInput(f"aggressive: expected True, False or None, got {self.aggressive!r}")
+        for name in ("windowed", "pooled", "dilated"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadInput(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.shift_seed, int) or isinstance(self.shift_seed, bool):
+            raise BadInput(f"shift_seed: expected an integer, got {self.shift_seed!r}")
+
+    def replace(self, **changes: Any) -> HiDiffusionConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON mapping; `from_json` takes it back.
+
+        >>> HiDiffusionConfig.from_json(HiDiffusionConfig(t1_ratio=0.5).to_json()).t1_ratio
+        0.5
+        """
+        return {"type": "HiDiffusionConfig", "version": self.VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> HiDiffusionConfig:
+        """Inverse of `to_json`; refuses other types, versions and unknown fields."""
+        if not isinstance(data, Mapping):
+            raise BadInput(f"expected the mapping that HiDiffusionConfig.to_json gives, got {type(data).__name__}")
+        kind, version = data.get("type"), data.get("version")
+        if (kind, version) != ("HiDiffusionConfig", cls.VERSION):
+            raise BadInput(f"expected a HiDiffusionConfig of version {cls.VERSION}, got {kind!r} version {version!r}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in data.items() if name not in ("type", "version")}
+        if unknown := sorted(set(values) - fields):
+            raise BadInput(f"HiDiffusionConfig has no field {unknown[0]!r}; it has {', '.join(sorted(fields))}")
+        return cls(**values)
+
+
+def check_pixels(height: Any, width: Any) -> tuple[int, int]:
+    """Validates an image size in pixels: positive integers, multiples of 8 (one latent cell)."""
+    for name, value in (("height", height), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise BadInput(f"{name}: expected an integer number of pixels, got {value!r}")
+        if value <= 0:
+            raise BadInput(f"{name}: expected a positive number of pixels, got {value}")
+        if value % 8:
+            nearest = max(8, round(value / 8) * 8)
+            raise BadInput(f"{name}: expected a multiple of 8 pixels, got {value}; the nearest is {nearest}")
+    return height, width
+
+
+def check_steps(steps: Any) -> int:
+    """Validates a number of denoising steps: an integer of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise BadInput(f"steps: expected an integer of at least 1, got {steps!r}")
+    return steps
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Validates an option that takes one of a few words."""
+    if value not in choices:
+        raise BadInput(f"{name}: expected one of {', '.join(choices)}; got {value!r}")
+    return str(value)

@@ -1,0 +1,46 @@
+"""One plot: step on x, milliseconds on y, coloured by topology, eager beside compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_COLOURS = {"windowed+dilated": "#d1495b", "windowed+pooled": "#edae49", "windowed": "#00798c"}
+_OTHER = "#6b6b6b"
+
+
+def plot_steps(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws milliseconds per step, one panel per size.
+
+    Args:
+        rows: as `accel_hidiff.demo.serve` reports them; step 0 is not among the times.
+        path: a PNG file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(rows), figsize=(4.4 * len(rows), 4.2), sharey=True, squeeze=False)
+    seen: dict[str, Any] = {}
+    for panel, row in zip(panels[0], rows, strict=True):
+        for start, stop, topology in row["phases"]:
+            steps = [step for step in range(start, stop) if step > 0]
+            colour = _COLOURS.get(topology, _OTHER)
+            for kind, marker, face in (("eager", "o", "white"), ("compiled", "s", colour)):
+                times = [row[f"{kind}_steps_ms"][step - 1] for step in steps]
+                style = {"marker": marker, "markersize": 5, "markerfacecolor": face, "color": colour, "linewidth": 1}
+                dash = "--" if kind == "eager" else "-"
+                (line,) = panel.plot(steps, times, linestyle=dash, label=f"{topology}, {kind}", **style)
+                seen.setdefault(f"{topology}, {kind}", line)
+            if start > 0:
+                panel.axvline(start - 0.5, color="#bbbbbb", linewidth=0.8, zorder=0)
+        panel.set_title(f"{row['width']}x{row['height']}")
+        panel.set_xlabel("step")
+        panel.set_ylim(bottom=0)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("milliseconds per step")
+    figure.legend(seen.values(), seen.keys(), loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

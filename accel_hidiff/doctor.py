@@ -1,0 +1,114 @@
+"""What of accel_hidiff is usable on this machine, and for each part that is not, why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+TESTED_TORCH = ("2.11", "2.14")  # from, below
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part: whether it is usable here, what was found, and what to do where it is not."""
+
+    part: str
+    usable: bool
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON mapping."""
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Looks at libraries, the compiler, devices and backends. Imports no optional compiler into this process."""
+    torch, compiler = _torch(), _compiler()
+    gpu = _gpu()
+    loads = torch.usable
+    compiles = torch.usable and compiler.usable
+    why = compiler.detail if torch.usable else torch.detail
+    return [
+        Finding("python", True, platform.python_version()),
+        torch,
+        _library("diffusers"),
+        compiler,
+        Finding("device cpu", True, f"{platform.machine()}, {os.cpu_count()} cores"),
+        gpu,
+        Finding("backend eager", torch.usable, "the reference" if torch.usable else torch.detail),
+        Finding("backend aot, serving", loads, "loads and runs cached artifacts" if loads else torch.detail),
+        Finding("backend aot, compiling", compiles, "compiles on the CPU" if compiles else f"cannot compile: {why}"),
+        Finding("backend inductor", compiles, "torch.compile" if compiles else f"cannot compile: {why}"),
+        _onediff(),
+    ]
+
+
+def _library(name: str) -> Finding:
+    try:
+        return Finding(name, True, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, False, f"not installed: pip install {name}")
+
+
+def _torch() -> Finding:
+    found = _library("torch")
+    if not found.usable:
+        return found
+    low, high = (Version(text) for text in TESTED_TORCH)
+    version = Version(found.detail)
+    if not low <= Version(version.base_version) < high:
+        return Finding("torch", False, f"expected {low} to below {high}, got {version}; artifacts need a tested torch")
+    return found
+
+
+def _compiler() -> Finding:
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    path = shutil.which(command[0])
+    if path is None:
+        return Finding(
+            "C++ compiler", False, f"expected {command[0]} on PATH, found none; on Debian: apt-get install g++"
+        )
+    with tempfile.TemporaryDirectory() as directory:
+        source, library = Path(directory) / "probe.cpp", Path(directory) / "probe.so"
+        source.write_text('#include <vector>\nextern "C" int probe() { return (int)std::vector<int>(3).size(); }\n')
+        build = [*command, "-shared", "-fPIC", "-fopenmp", "-o", str(library), str(source)]
+        try:
+            done = subprocess.run(build, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired) as problem:
+            return Finding("C++ compiler", False, f"{command[0]} does not run: {problem}")
+    if done.returncode:
+        line = (done.stderr.strip().splitlines() or ["no message"])[0]
+        return Finding("C++ compiler", False, f"{command[0]} cannot build a shared library with OpenMP: {line}")
+    version = subprocess.run([*command, "-dumpfullversion"], capture_output=True, text=True, check=False).stdout.strip()
+    return Finding("C++ compiler", True, f"{command[0]} {version}")
+
+
+def _gpu() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("device cuda", False, "torch is not installed")
+    import torch
+
+    if torch.version.cuda is None:
+        return Finding("device cuda", False, f"torch {torch.__version__} is built without CUDA; install a CUDA build")
+    if not torch.cuda.is_available():
+        return Finding("device cuda", False, "torch finds no GPU: no device, or no driver that fits its CUDA")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    triton = _library("triton")
+    return Finding("device cuda", triton.usable, f"{', '.join(names)}; triton {triton.detail}")
+
+
+def _onediff() -> Finding:
+    missing = [name for name in ("onediff",) if importlib.util.find_spec(name) is None]
+    reason = "onediff is not installed; " if missing else ""
+    return Finding("backend onediff", False, f"{reason}this release has no onediff backend")

@@ -1,0 +1,33 @@
+"""Named exceptions. Every message is one line: what was expected, what came, what to do."""
+
+
+class AccelHiDiffError(Exception):
+    """Base of every error that accel_hidiff raises on purpose."""
+
+
+class BadInput(AccelHiDiffError, ValueError):
+    """A value from the user is outside of what is accepted: a size, a step count, a ratio, an option."""
+
+
+class UnknownLayout(BadInput):
+    """The UNet is of no family that HiDiffusion knows."""
+
+
+class NotAPipeline(BadInput):
+    """The model is no diffusers pipeline with a UNet2DConditionModel."""
+
+
+class PatchConflict(AccelHiDiffError, RuntimeError):
+    """Something else changed what a patch replaced, so that undoing it would destroy the other change."""
+
+
+class NoPhase(AccelHiDiffError, RuntimeError):
+    """A patched UNet was called without a step: neither its pipeline nor `patch.phase(...)` names one."""
+
+
+class GraphMiss(AccelHiDiffError, RuntimeError):
+    """No compiled graph serves this call, and `on_miss="error"` forbids compiling or running eager."""
+
+
+class CompileFailed(AccelHiDiffError, RuntimeError):
+    """A region could not be exported or compiled."""

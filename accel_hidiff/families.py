@@ -1,0 +1,160 @@
+"""Families: the UNet layouts that HiDiffusion knows, where its parts sit in them, and every feature size. No torch.
+
+Sizes here are latent or feature sizes (height, width), never pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accel_hidiff.config import FAMILIES, check_choice
+from accel_hidiff.errors import UnknownLayout
+from accel_hidiff.topology import Topology
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The facts of a UNet2DConditionModel's config that decide its family and its feature sizes."""
+
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    layers_per_block: tuple[int, ...]
+    in_channels: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Layout:
+        """From `unet.config`."""
+        down = tuple(config["down_block_types"])
+        layers = config["layers_per_block"]
+        per_block = (layers,) * len(down) if isinstance(layers, int) else tuple(layers)
+        return cls(down, tuple(config["up_block_types"]), per_block, int(config["in_channels"]))
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where RAU-Net and MSW-MSA sit in one UNet layout (module paths)."""
+
+    name: str
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    windowed_levels: tuple[str, ...]
+    pool_after: str
+    resize_after: str
+    dilate: str
+
+    def fits(self, layout: Layout) -> bool:
+        """True if the layout has this family's block types."""
+        return (layout.down_block_types, layout.up_block_types) == (self.down_block_types, self.up_block_types)
+
+
+_CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+SD15 = Family(
+    name="sd15",
+    down_block_types=(_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, "DownBlock2D"),
+    up_block_types=("UpBlock2D", _CROSS_UP, _CROSS_UP, _CROSS_UP),
+    windowed_levels=("down_blocks.0", "up_blocks.3"),
+    pool_after="down_blocks.1.attentions.0",
+    resize_after="up_blocks.2.attentions.1",
+    dilate="down_blocks.0.downsamplers.0",
+)
+SDXL = Family(
+    name="sdxl",
+    down_block_types=("DownBlock2D", _CROSS_DOWN, _CROSS_DOWN),
+    up_block_types=(_CROSS_UP, _CROSS_UP, "UpBlock2D"),
+    windowed_levels=("down_blocks.1", "up_blocks.1"),
+    pool_after="down_blocks.1.attentions.0",
+    resize_after="up_blocks.1.attentions.1",
+    dilate="down_blocks.1.downsamplers.0",
+)
+SDXL_TURBO = Family(**{**vars(SDXL), "name": "sdxl_turbo"})
+BY_NAME = {family.name: family for family in (SD15, SDXL, SDXL_TURBO)}
+
+
+def identify(layout: Layout, family: str | None = None) -> Family:
+    """The family of a layout: told from the block types, or the one named, if it fits.
+
+    SDXL-Turbo has SDXL's structure and must be named.
+
+    Raises:
+        UnknownLayout: with what was looked for and what was found.
+    """
+    if family is not None:
+        check_choice("family", family, FAMILIES)
+    candidates = (SD15, SDXL) if family is None else (BY_NAME[family],)
+    for candidate in candidates:
+        if candidate.fits(layout) and set(layout.layers_per_block) == {2}:
+            return candidate
+    wanted = "; or ".join(f"{c.name}: {_blocks(c)} with 2 layers per block" for c in candidates)
+    raise UnknownLayout(
+        f"the UNet fits no known family: expected {wanted}; got {_blocks(layout)} with {layout.layers_per_block} "
+        "layers per block; HiDiffusion is defined for the families listed only"
+    )
+
+
+def _blocks(layout: Layout | Family) -> str:
+    return f"down {', '.join(layout.down_block_types)}, up {', '.join(layout.up_block_types)}"
+
+
+def _halved(size: Size, times: int = 1) -> Size:
+    factor = 2**times
+    return -(-size[0] // factor), -(-size[1] // factor)
+
+
+def feature_sizes(layout: Layout, family: Family, height: int, width: int, topology: Topology) -> dict[str, Size]:
+    """The (height, width) at which each resnet and transformer of the UNet runs, by module path.
+
+    Keys also include the output of every down and up block (`down_blocks.0`, ...) and `mid_block`. The pure
+    counterpart of a UNet forward: skips included, upsamplers take their size from the next skip.
+
+    Args:
+        height, width: latent size, at least 1.
+        topology: pooled and dilated move sizes, windowed does not.
+    """
+    walk = _walk(layout, family, (height, width), topology)
+    return {path: size for path, size in walk if not path.startswith("skip.")}
+
+
+def skip_sizes(layout: Layout, family: Family, height: int, width: int, topology: Topology) -> list[Size]:
+    """The (height, width) of every skip connection, in the order in which the down path stores them."""
+    walk = _walk(layout, family, (height, width), topology)
+    return [size for path, size in walk if path.startswith("skip.")]
+
+
+def _walk(layout: Layout, family: Family, size: Size, topology: Topology) -> Iterator[tuple[str, Size]]:
+    skips = [size]
+    before_pool = size
+    yield "skip.0", size
+    for level, kind in enumerate(layout.down_block_types):
+        block = f"down_blocks.{level}"
+        for layer in range(layout.layers_per_block[level]):
+            yield f"{block}.resnets.{layer}", size
+            if "CrossAttn" in kind:
+                yield f"{block}.attentions.{layer}", size
+            if topology.pooled and f"{block}.attentions.{layer}" == family.pool_after:
+                before_pool, size = size, _halved(size)
+            yield f"skip.{len(skips)}", size
+            skips.append(size)
+        if level < len(layout.down_block_types) - 1:
+            dilated = topology.dilated and f"{block}.downsamplers.0" == family.dilate
+            size = _halved(size, 2 if dilated else 1)
+            yield f"skip.{len(skips)}", size
+            skips.append(size)
+        yield block, size
+    for path in ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1", "mid_block"):
+        yield path, size
+    for level, kind in enumerate(layout.up_block_types):
+        block = f"up_blocks.{level}"
+        for layer in range(layout.layers_per_block[-1 - level] + 1):
+            skips.pop()
+            yield f"{block}.resnets.{layer}", size
+            if "CrossAttn" in kind:
+                yield f"{block}.attentions.{layer}", size
+            if topology.pooled and f"{block}.attentions.{layer}" == family.resize_after:
+                size = before_pool
+        if level < len(layout.up_block_types) - 1:
+            size = skips[-1]
+        yield block, size

@@ -1,0 +1,143 @@
+"""A structural fingerprint of a module: everything that its traced graph depends on but the values of its weights.
+
+Two modules with the same fingerprint trace to the same graph. What has no stable form raises, so that nothing is keyed
+by a type name or a repr alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import sys
+import types
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compile_cache import UnstableFactor
+
+_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_VERSIONED = frozenset({"torch", "diffusers", "transformers", "accel_hidiff", "builtins"})  # their version is a factor
+_ORIGIN = frozenset(
+    {"_name_or_path", "_class_name", "_diffusers_version", "_use_default_values"}
+)  # of a model's config
+_MAX_DEPTH = 6
+
+
+def structure(module: nn.Module, ignore: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """The facts, as JSON values: classes, attributes, parameters (shape, dtype, strides) and buffers by path.
+
+    Args:
+        module: the region's module.
+        ignore: ids of `forward` functions that this package installed; their meaning is in the region's traits.
+
+    Raises:
+        UnstableFactor: an attribute has no stable form, a submodule has hooks, or somebody replaced a forward.
+    """
+    modules = {path or ".": _describe(path, sub, ignore) for path, sub in module.named_modules()}
+    tensors = {
+        name: [list(tensor.shape), str(tensor.dtype), list(tensor.stride()), isinstance(tensor, nn.Parameter)]
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
+    return {"modules": modules, "tensors": tensors}
+
+
+def fingerprint(module: nn.Module, ignore: frozenset[int] = frozenset()) -> str:
+    """SHA-256 over `structure`, 64 hex digits."""
+    text = json.dumps(structure(module, ignore), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_token(module: nn.Module) -> tuple[tuple[str, int, int], ...]:
+    """Changes when a parameter or buffer is replaced, moved, added or removed; not when it is changed in place."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return tuple((name, id(tensor), tensor.data_ptr()) for name, tensor in tensors)
+
+
+def _describe(path: str, module: nn.Module, ignore: frozenset[int]) -> dict[str, Any]:
+    where = path or type(module).__name__
+    for hooks in _HOOKS:
+        if getattr(module, hooks, None):
+            raise UnstableFactor(
+                f"{where}: expected a module without hooks, got {hooks.strip('_')}; a compiled region would skip them: "
+                "remove the hooks (CPU offload installs some), or serve this model with backend='eager'"
+            )
+    attributes = {}
+    for name, value in vars(module).items():
+        if name in _INTERNALS or name.startswith("_accel_hidiff"):
+            continue
+        if name == "forward":
+            if id(value) not in ignore:
+                raise UnstableFactor(
+                    f"{where}: expected the class's own forward, got one that something else installed; undo that first"
+                )
+            continue
+        if name in ("_hf_hook", "_diffusers_hook"):
+            raise UnstableFactor(f"{where}: expected no offload hook, got {name}; remove it, or use backend='eager'")
+        attributes[name] = _stable(value, f"{where}.{name}", 0)
+    return {"class": _code(type(module)), "attributes": attributes}
+
+
+def _stable(value: Any, where: str, depth: int) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return ["float", repr(value)]
+    if isinstance(value, torch.dtype | torch.device | torch.memory_format):
+        return [_code(type(value)), str(value)]
+    if isinstance(value, Enum):
+        return [_code(type(value)), _stable(value.value, where, depth + 1)]
+    if depth < _MAX_DEPTH:
+        if isinstance(value, list | tuple):
+            return [_stable(item, where, depth + 1) for item in value]
+        if isinstance(value, set | frozenset):
+            return ["set", sorted((_stable(item, where, depth + 1) for item in value), key=json.dumps)]
+        if isinstance(value, Mapping):
+            kept = [(name, item) for name, item in value.items() if name not in _ORIGIN]
+            pairs = [
+                [_stable(name, where, depth + 1), _stable(item, f"{where}.{name}", depth + 1)] for name, item in kept
+            ]
+            return ["mapping", sorted(pairs, key=json.dumps)]
+        if isinstance(value, functools.partial):
+            parts = (value.func, value.args, value.keywords)
+            return [_stable(part, where, depth + 1) for part in parts]
+        if isinstance(value, type):
+            return _code(value)
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+            if getattr(value, "__closure__", None):
+                raise UnstableFactor(f"{where}: expected a plain value, got the closure {value.__qualname__}")
+            return _code(value)
+        if isinstance(value, nn.Module):  # a module kept outside of the module tree
+            return structure(value)
+        if hasattr(value, "__dict__") and not isinstance(value, torch.Tensor | types.MethodType):
+            return [_code(type(value)), _stable(vars(value), where, depth + 1)]
+    raise UnstableFactor(f"{where}: expected a value with a stable form, got {type(value).__name__}")
+
+
+def _code(thing: Any) -> str:
+    """Qualified name, and the digest of the source file where no version of a known package covers it."""
+    name = f"{thing.__module__}.{thing.__qualname__}"
+    if thing.__module__.split(".")[0] in _VERSIONED:
+        return name
+    return f"{name} {_source_digest(thing.__module__, name)}"
+
+
+@functools.lru_cache(maxsize=256)
+def _source_digest(module_name: str, name: str) -> str:
+    try:
+        source = Path(inspect.getfile(sys.modules[module_name])).read_bytes()
+    except (OSError, TypeError, KeyError):
+        raise UnstableFactor(f"{name}: expected code from a source file, got none; move it into a module") from None
+    return hashlib.sha256(source).hexdigest()

@@ -1,0 +1,90 @@
+"""The guard: may a compiled graph serve this UNet call? A pure function of facts; no torch.
+
+Facts are collected elsewhere (`dispatch`), so that every decision can be tested on any machine. A rejection carries the
+reason, and what to do about it, to the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from accel_hidiff.topology import Topology
+from compile_cache import ShapeBucket
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """A compiled graph may serve the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """No compiled graph may serve the call, and why."""
+
+    reason: str
+
+
+Decision = Accept | Reject
+ACCEPT = Accept()
+
+# Arguments of a UNet call that change what runs inside of a region, for each choice of regions.
+_CHANGES_BLOCKS = ("cross_attention_kwargs", "attention_mask", "encoder_attention_mask", "image_embeds")
+_CHANGES_UNET = (
+    *_CHANGES_BLOCKS,
+    "class_labels",
+    "timestep_cond",
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """Everything about one UNet call that decides which graph serves it, and whether one may.
+
+    Sizes are latent; `tokens` is the text length; `extras` names the optional arguments that were given.
+    """
+
+    topology: Topology
+    height: int
+    width: int
+    batch: int
+    tokens: int
+    dtype: str
+    device: str
+    extras: tuple[str, ...] = ()
+    grad: bool = False
+    autocast: bool = False
+    tensor_text: bool = True
+
+
+def judge_call(facts: CallFacts, regions: str) -> Decision:
+    """Accept, or Reject with the reason.
+
+    Args:
+        facts: of the call.
+        regions: "blocks" or "whole"; a whole-UNet graph takes fewer optional arguments.
+    """
+    if facts.grad:
+        return Reject("gradients are on, compiled graphs have none: call under torch.no_grad()")
+    if facts.autocast:
+        return Reject("autocast is on, graphs are compiled for one dtype: leave it, or set the pipeline's dtype")
+    if not facts.tensor_text:
+        return Reject("encoder_hidden_states is no (batch, tokens, channels) tensor of the sample's batch and dtype")
+    refused = _CHANGES_UNET if regions == "whole" else _CHANGES_BLOCKS
+    if given := [name for name in facts.extras if name in refused]:
+        hint = '; regions="blocks" serves it' if given[0] not in _CHANGES_BLOCKS else ""
+        return Reject(f"the call passes {given[0]}, which is no input of the compiled graphs{hint}")
+    return ACCEPT
+
+
+def judge_sizes(region: str, bucket: ShapeBucket, sizes: Mapping[str, int]) -> Decision:
+    """Whether an artifact may be fed with these sizes: by the constraints that its export recorded.
+
+    A package that is fed with other sizes computes garbage without an error, so this check stands before each first
+    use of a size.
+    """
+    reason = bucket.reject(sizes)
+    return ACCEPT if reason is None else Reject(f"{region}: {reason}; its artifact serves {bucket}")

@@ -1,0 +1,322 @@
+"""accelerate(): a diffusers pipeline, HiDiffusion and a compile cache, put together; the user's call stays the same."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from accel_hidiff.backends import create_backend
+from accel_hidiff.binder import Binder
+from accel_hidiff.config import HiDiffusionConfig, check_choice, check_pixels, check_steps
+from accel_hidiff.dispatch import ON_MISS, REGIONS, SHAPES, Dispatcher
+from accel_hidiff.errors import BadInput
+from accel_hidiff.explain import ExplainRow, Explanation, PrecompileEvent, PrecompileReport
+from accel_hidiff.patching import Patch, find_unet, install
+from accel_hidiff.regions import RegionGraph, Sizes
+from accel_hidiff.schedule import LATENT_CELL
+from accel_hidiff.stats import Stats
+from accel_hidiff.topology import Topology
+from accel_hidiff.undo import UndoLog
+from compile_cache import CacheKey, CompileCache
+
+DEFAULT_REGIONS = "blocks"
+DEFAULT_SHAPES = "symbolic"
+_NO_HIDIFFUSION = HiDiffusionConfig(windowed=False, pooled=False, dilated=False)
+_HANDLE = "_accel_hidiff_handle"
+
+Progress = Callable[[PrecompileEvent], None]
+Graphs = list[tuple[RegionGraph, Sizes]]
+
+
+class Handle:
+    """An accelerated pipeline. Made by `accelerate`.
+
+    Attributes:
+        pipe: the user's pipeline; call it as before.
+        patch: the HiDiffusion patch on its UNet.
+        cache: the compile cache, None where the backend keeps nothing.
+        stats: counters, see `accel_hidiff.stats.Stats`.
+    """
+
+    def __init__(self, pipe: Any, patch: Patch, dispatcher: Dispatcher, undo: UndoLog) -> None:
+        self.pipe = pipe
+        self.patch = patch
+        self._dispatcher = dispatcher
+        self._undo = undo
+
+    @property
+    def stats(self) -> Stats:
+        """Counters since this handle was made."""
+        return self._dispatcher.binder.stats
+
+    @property
+    def cache(self) -> CompileCache | None:
+        """The compile cache."""
+        return self._dispatcher.binder.cache
+
+    def precompile(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        num_inference_steps: int = 30,
+        *,
+        batch_sizes: Sequence[int] = (1, 2),
+        progress: Progress | None = None,
+    ) -> PrecompileReport:
+        """Compiles every graph that requests of these sizes need, into the cache. Can be stopped and called again.
+
+        Args:
+            sizes: (height, width) in pixels, multiples of 8.
+            num_inference_steps: UNet steps of a request, at least 1: they decide which topologies occur.
+            batch_sizes: UNet batches, guidance counted (1 image with guidance: 2).
+            progress: called once before and once after each artifact.
+
+        Raises:
+            BadInput: a size, a step count or a batch that cannot be.
+            CompileFailed: a region cannot be compiled; what was compiled before stays in the cache.
+            compile_cache.CacheWriteError: the cache cannot be written.
+        """
+        start = time.perf_counter()
+        checked = self._check(sizes, num_inference_steps, batch_sizes)
+        binder = self._dispatcher.binder
+        if binder.cache is not None and binder.backend.persistent:
+            binder.cache.require_writable()
+        with _decoder_precision(self.pipe, self._dispatcher):
+            calls = list(self._all_graphs(checked, num_inference_steps, batch_sizes))
+            distinct: dict[str, RegionGraph] = {}
+            for graphs in calls:
+                for graph, _ in graphs:
+                    name = binder.key(graph).digest if binder.backend.persistent else graph.region.path
+                    distinct.setdefault(name, graph)
+            compiled = 0
+            for number, graph in enumerate(distinct.values(), 1):
+                began = time.perf_counter()
+                if progress is not None:
+                    progress(PrecompileEvent(number, len(distinct), graph.region.path, "compiling"))
+                made = binder.prepare(graph)
+                compiled += made
+                if progress is not None:
+                    state = "compiled" if made else "shared"
+                    seconds = time.perf_counter() - began
+                    progress(PrecompileEvent(number, len(distinct), graph.region.path, state, seconds))
+            entries = [binder.entry(binder.key(graph)) for graph in distinct.values()]
+        blobs = {ref.sha256: ref.size for entry in entries if entry is not None for ref in entry.files.values()}
+        return PrecompileReport(
+            graphs=len(calls),
+            regions=sum(len(graphs) for graphs in calls),
+            artifacts=len(distinct),
+            compiled=compiled,
+            found=len(distinct) - compiled,
+            bytes=sum(blobs.values()),
+            seconds=time.perf_counter() - start,
+        )
+
+    def load(
+        self, sizes: Sequence[tuple[int, int]], num_inference_steps: int = 30, *, batch_sizes: Sequence[int] = (1, 2)
+    ) -> None:
+        """Loads and binds every graph that requests of these sizes need, so that the first request finds them ready.
+
+        Arguments as in `precompile`; `on_miss` decides what happens to a graph that the cache does not hold.
+
+        Raises:
+            BadInput: a size, a step count or a batch that cannot be.
+            GraphMiss: a graph is missing under `on_miss="error"`.
+        """
+        with _decoder_precision(self.pipe, self._dispatcher):
+            checked = self._check(sizes, num_inference_steps, batch_sizes)
+            for graphs in self._all_graphs(checked, num_inference_steps, batch_sizes):
+                self._dispatcher.load(graphs)
+
+    @staticmethod
+    def _check(
+        sizes: Sequence[tuple[int, int]], num_inference_steps: int, batch_sizes: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        checked = [check_pixels(height, width) for height, width in sizes]
+        if not checked:
+            raise BadInput("sizes: expected at least one (height, width), got none")
+        if not batch_sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batch_sizes):
+            raise BadInput(f"batch_sizes: expected integers of at least 1, got {batch_sizes!r}")
+        check_steps(num_inference_steps)
+        return checked
+
+    def explain(self, height: int, width: int, num_inference_steps: int = 30, *, batch: int = 2) -> Explanation:
+        """Which graph runs at which step of a request, and whether it is there. Compiles and loads nothing.
+
+        Args:
+            height, width: image size in pixels, multiples of 8.
+            num_inference_steps: UNet steps that run.
+            batch: UNet batch, guidance counted.
+
+        Raises:
+            BadInput: a size or a step count that cannot be.
+        """
+        plan = self.patch.plan(height, width, num_inference_steps)
+        self._dispatcher.refresh()
+        rows = []
+        states: dict[Topology, ExplainRow] = {}
+        for phase in plan:
+            if phase.topology not in states:
+                graphs = self._unet_graphs(phase.topology, height, width, batch)
+                states[phase.topology] = self._row("", str(phase.topology), graphs)
+            row = states[phase.topology]
+            rows.append(ExplainRow(**{**vars(row), "steps": f"[{phase.start}, {phase.stop})"}))
+        with _decoder_precision(self.pipe, self._dispatcher):
+            if (decoder := self._decoder_graph(height, width, 1)) is not None:
+                rows.append(self._row("after", "VAE decoder", [decoder]))
+        return Explanation(height, width, num_inference_steps, tuple(rows))
+
+    def remove(self) -> Any:
+        """Takes everything off; the pipeline is then bit for bit what it was. Returns the pipeline.
+
+        Raises:
+            PatchConflict: something else replaced a patched attribute since.
+        """
+        self._undo.undo()
+        self.patch.remove()
+        return self.pipe
+
+    def __repr__(self) -> str:
+        binder = self._dispatcher.binder
+        return (
+            f"Handle(backend={binder.backend.name!r}, regions={self._dispatcher.regions_option!r}, "
+            f"shapes={binder.shapes!r}, on_miss={self._dispatcher.on_miss!r}, {self.patch!r})"
+        )
+
+    def _all_graphs(self, sizes: Sequence[tuple[int, int]], num_steps: int, batches: Sequence[int]) -> Iterator[Graphs]:
+        for height, width in sizes:
+            for batch in batches:
+                for topology in self.patch.plan(height, width, num_steps).topologies:
+                    yield self._unet_graphs(topology, height, width, batch)
+            if (decoder := self._decoder_graph(height, width, 1)) is not None:
+                yield [decoder]
+
+    def _unet_graphs(self, topology: Topology, height: int, width: int, batch: int) -> Graphs:
+        unet = self.pipe.unet
+        cells = height // LATENT_CELL, width // LATENT_CELL
+        return self._dispatcher.region_graphs(topology, *cells, batch, self._tokens(), unet.dtype, unet.device)
+
+    def _decoder_graph(self, height: int, width: int, batch: int) -> tuple[RegionGraph, Sizes] | None:
+        vae = getattr(self.pipe, "vae", None)
+        if vae is None:
+            return None
+        cells = height // LATENT_CELL, width // LATENT_CELL
+        return self._dispatcher.decoder_graph(*cells, batch, vae.dtype, vae.device)
+
+    def _tokens(self) -> int:
+        tokenizer = getattr(self.pipe, "tokenizer", None) or getattr(self.pipe, "tokenizer_2", None)
+        return int(getattr(tokenizer, "model_max_length", 77))
+
+    def _row(self, steps: str, topology: str, graphs: Graphs) -> ExplainRow:
+        binder = self._dispatcher.binder
+        digests = {graph.region.path: binder.key(graph) for graph, _ in graphs}
+        distinct = {key.digest: key for key in digests.values()}
+        key = CacheKey({"regions": {path: region_key.digest for path, region_key in digests.items()}})
+        missing = [region_key for region_key in distinct.values() if binder.entry(region_key) is None]
+        reason = ""
+        if binder.backend.name == "eager":
+            state = "eager"
+        elif not binder.backend.persistent:
+            state = "loaded" if binder.is_bound(graphs[0][0]) else "compiles at start"
+        elif missing:
+            assert binder.cache is not None
+            state = f"missing {len(missing)} of {len(distinct)} artifacts"
+            reason = binder.cache.explain(missing[0])
+        else:
+            state = "loaded" if all(binder.is_bound(graph) for graph, _ in graphs) else "cached"
+        bucket = _widest([graph for graph, _ in graphs])
+        return ExplainRow(steps, topology, bucket, key.short, len(graphs), len(distinct), state, reason)
+
+
+def _widest(graphs: Sequence[RegionGraph]) -> str:
+    """The buckets of a UNet graph's regions, most common first."""
+    counts: dict[str, int] = {}
+    for graph in graphs:
+        counts[str(graph.bucket)] = counts.get(str(graph.bucket), 0) + 1
+    ordered = sorted(counts, key=lambda text: (-counts[text], text))
+    more = f" (+{len(ordered) - 1} more)" if len(ordered) > 1 else ""
+    return ordered[0] + more
+
+
+def accelerate(
+    pipe: Any,
+    *,
+    hidiffusion: HiDiffusionConfig | None = None,
+    guidance: Any = None,
+    cache: CompileCache | str | os.PathLike[str] | None = None,
+    backend: str = "aot",
+    on_miss: str = "compile",
+    regions: str = DEFAULT_REGIONS,
+    shapes: str = DEFAULT_SHAPES,
+    family: str | None = None,
+    task: str | None = None,
+) -> Handle:
+    """Makes a diffusers pipeline serve compiled graphs. `pipe(...)` is called as before.
+
+    Args:
+        pipe: a diffusers pipeline with a UNet of a known family.
+        hidiffusion: HiDiffusion's settings; None: the plain UNet, compiled.
+        guidance: reserved for CFG++; None is the only value that this release takes.
+        cache: a `CompileCache` or its directory; needed by backend "aot".
+        backend: "aot" (ahead of time, kept in the cache), "inductor" (`torch.compile`, compiled in every process) or
+            "eager" (nothing compiled; for comparison).
+        on_miss: a graph is not in the cache: "compile" now, run "eager", or raise "error" (`GraphMiss`).
+        regions: "blocks": the UNet's resnets and transformers, which share artifacts over blocks, phases and sizes;
+            "whole": one artifact for the UNet in each topology.
+        shapes: "symbolic": one artifact for a range of sizes; "exact": one for each size.
+        family, task: as in `apply_hidiffusion`.
+
+    Raises:
+        NotAPipeline, UnknownLayout, BadInput: the pipeline or an option is not what it should be.
+    """
+    if guidance is not None:
+        raise BadInput(f"guidance: expected None, got {type(guidance).__name__}; this release has no CFG++")
+    if hidiffusion is not None and not isinstance(hidiffusion, HiDiffusionConfig):
+        raise BadInput(f"hidiffusion: expected a HiDiffusionConfig or None, got {type(hidiffusion).__name__}")
+    check_choice("on_miss", on_miss, ON_MISS)
+    check_choice("regions", regions, REGIONS)
+    check_choice("shapes", shapes, SHAPES)
+    chosen = create_backend(backend)
+    owner, unet = find_unet(pipe)
+    if owner is None:
+        raise BadInput("pipe: expected a diffusers pipeline, got a bare UNet; accelerate the pipeline that holds it")
+    if cache is None and chosen.persistent:
+        raise BadInput(f"cache: expected a CompileCache or a directory for backend {backend!r}, got None")
+    if cache is not None and not isinstance(cache, CompileCache):
+        cache = CompileCache(cache)
+    if (previous := vars(pipe).get(_HANDLE)) is not None:
+        previous.remove()
+    if regions == "whole" and unet.config.addition_embed_type != "text_time":
+        raise BadInput('regions: expected "blocks" for a UNet without SDXL\'s added conditions, got "whole"')
+    binder = Binder(cache, chosen, shapes, Stats())
+    dispatcher = Dispatcher(binder, on_miss, regions, _hint(cache))
+    undo = UndoLog()
+    patch = install(pipe, hidiffusion or _NO_HIDIFFUSION, family, task, dispatcher.install_unet)
+    if getattr(pipe, "vae", None) is not None and hasattr(pipe.vae, "decoder"):
+        dispatcher.install_decoder(pipe.vae, undo)
+    handle = Handle(pipe, patch, dispatcher, undo)
+    undo.replace(pipe, _HANDLE, handle, "handle")
+    return handle
+
+
+def _hint(cache: CompileCache | None) -> str:
+    where = cache.location if cache is not None else "DIR"
+    return f"accel-hidiff precompile MODEL --size WIDTHxHEIGHT --cache {where}"
+
+
+@contextmanager
+def _decoder_precision(pipe: Any, dispatcher: Dispatcher) -> Iterator[None]:
+    """The VAE in the precision that it decodes in: SDXL pipelines raise a float16 one to float32 for the decoder."""
+    vae: Any = getattr(pipe, "vae", None)
+    raised = vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if raised:
+        vae.to(torch.float32)
+    dispatcher.refresh()
+    try:
+        yield
+    finally:
+        if raised:
+            vae.to(torch.float16)

@@ -1,0 +1,50 @@
+"""Counters of a handle, readable at any time and testable by difference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """What happened since the handle was made.
+
+    Attributes:
+        compiles: region graphs compiled by this process.
+        loads: distinct artifacts loaded from the cache.
+        bindings: packages bound to the weights of a region (one artifact serves many regions).
+        hits: calls (of the UNet, of the VAE decoder) that compiled graphs served.
+        misses: lookups that found a graph missing from the cache.
+        eager_calls: calls that ran eager.
+        rejected: reason -> calls that ran eager for it, or were refused for it under `on_miss="error"`.
+    """
+
+    compiles: int = 0
+    loads: int = 0
+    bindings: int = 0
+    hits: int = 0
+    misses: int = 0
+    eager_calls: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON mapping."""
+        return {**asdict(self), "rejected": dict(self.rejected)}
+
+    @contextmanager
+    def expect(self, **deltas: int) -> Iterator[None]:
+        """Asserts by how much counters change inside of the block; for tests and smoke checks.
+
+        >>> stats = Stats()
+        >>> with stats.expect(hits=1, compiles=0):
+        ...     stats.hits += 1
+        """
+        before = {name: getattr(self, name) for name in deltas}
+        yield
+        changes = {name: getattr(self, name) - value for name, value in before.items()}
+        if changes != deltas:
+            raise AssertionError(f"expected counters to change by {deltas}, they changed by {changes}")

@@ -1,0 +1,398 @@
+"""Shared by all benchmarks: arguments, models and inputs, verification, interleaved timing, JSON records.
+
+Every benchmark goes setup, verify, run: a wrong output raises `WrongOutput` before anything is timed. Contestants are
+timed in turns within one process, so that another tenant of the machine disturbs all of them alike; what is compared is
+the ratio of their medians. `_cpu_` figures are processor time of all threads, which other tenants disturb much less; on
+one thread (`--threads 1`) they are what the wall clock shows on a quiet machine. Figures end in `_ms`, `_us`, `_s` or
+`_mb`; ratios in `_ratio`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import accel_hidiff as ah
+from accel_hidiff.demo import build_pipeline, tiny_config
+from accel_hidiff.topology import Topology
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_STEPS = 50
+GUIDANCE_BATCH = 2  # one image with classifier-free guidance
+_PATH_OPTIONS = ("--cache", "--out")  # their values name places on this machine and stay out of the record
+
+
+class WrongOutput(RuntimeError):
+    """A contestant's output differs from the reference: its speed means nothing."""
+
+
+class Size(NamedTuple):
+    """An image size in pixels; written WIDTHxHEIGHT."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Inverse of `str`."""
+        width, height = map(int, text.lower().split("x"))
+        return cls(width, height)
+
+
+DEMO_SIZES = (Size(512, 512), Size(640, 384), Size(384, 640))
+TINY_SIZES = (Size(128, 128), Size(160, 96), Size(96, 160))
+
+
+# Arguments
+
+
+def arguments(description: str | None, *, repeats: int = 15) -> argparse.ArgumentParser:
+    """The options that every benchmark takes."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model at small sizes: a smoke run")
+    parser.add_argument("--size", type=Size.parse, action="append", metavar="WIDTHxHEIGHT", help="repeatable")
+    parser.add_argument("--threads", type=int, help="torch's CPU threads; default: its own choice")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed turns of each contestant")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; sets torch's threads."""
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+def sizes_of(options: argparse.Namespace) -> tuple[Size, ...]:
+    """The sizes to run."""
+    return tuple(options.size or (TINY_SIZES if options.tiny else DEMO_SIZES))
+
+
+def demo_pipeline(tiny: bool, config: Any = None) -> Any:
+    """The demo pipeline; two calls share no tensor, and have the same weights bit for bit."""
+    pipe = build_pipeline(config=tiny_config() if tiny else config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# Inputs of a UNet call
+
+
+class UNetInputs(NamedTuple):
+    """Arguments of one UNet call."""
+
+    sample: Tensor  # (B, 4, H/8, W/8)
+    timestep: Tensor  # ()
+    text: Tensor  # (B, 77, D)
+    added: dict[str, Tensor]  # text_embeds (B, E), time_ids (B, 6)
+
+    def call(self, unet: Any) -> Tensor:
+        """Runs the UNet; (B, 4, H/8, W/8)."""
+        out: Tensor = unet(self.sample, self.timestep, self.text, added_cond_kwargs=self.added, return_dict=False)[0]
+        return out
+
+
+def unet_inputs(unet: Any, size: Size, batch: int = GUIDANCE_BATCH, tokens: int = 77) -> UNetInputs:
+    """Random inputs from a fixed seed, on the UNet's device and in its dtype."""
+    config, options = unet.config, {"device": unet.device, "dtype": unet.dtype}
+    generator = torch.Generator().manual_seed(size.width * 10_000 + size.height)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(**options)
+
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    width, height = size
+    ids = torch.tensor([height, width, 0, 0, height, width]).expand(batch, 6).contiguous().to(**options)
+    return UNetInputs(
+        sample=randn(batch, config.in_channels, height // 8, width // 8),
+        timestep=torch.tensor(500, device=unet.device),
+        text=randn(batch, tokens, config.cross_attention_dim),
+        added={"text_embeds": randn(batch, pooled), "time_ids": ids},
+    )
+
+
+def topology_steps(patch: ah.Patch, size: Size, num_steps: int = NUM_STEPS) -> dict[Topology, int]:
+    """For each topology of a request: its first step."""
+    steps: dict[Topology, int] = {}
+    for phase in patch.plan(size.height, size.width, num_steps):
+        steps.setdefault(phase.topology, phase.start)
+    return steps
+
+
+class TrivialUNet:
+    """Stands in for a UNet's own forward, so that what is around it can be run and timed alone.
+
+    Set it as `unet.forward` before `accelerate`: the patch then wraps it, and naming, guarding and binding of graphs
+    take place as ever, but nothing is computed.
+    """
+
+    def __init__(self) -> None:
+        self.inside: Callable[[], Any] | None = None
+
+    def __call__(self, sample: Tensor, timestep: Any, encoder_hidden_states: Any, **kwargs: Any) -> tuple[Tensor]:
+        if self.inside is not None:
+            self.inside()
+        return (sample,)
+
+
+# Verification
+
+
+def verify(name: str, got: Tensor, want: Tensor, limit: float = 1e-3) -> float:
+    """max|got - want| / max|want|.
+
+    Raises:
+        WrongOutput: it is not below `limit`, or not a number.
+    """
+    error = ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
+    if got.shape != want.shape or not error < limit:
+        raise WrongOutput(f"{name}: expected max|diff|/max|ref| < {limit:g}, got {error:.3g}; nothing was timed")
+    return error
+
+
+# Timing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each turn of one contestant: on the wall, and of the processor."""
+
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median wall time, in seconds."""
+        return statistics.median(self.wall)
+
+    @property
+    def cpu_median(self) -> float:
+        """Median processor time, in seconds."""
+        return statistics.median(self.cpu)
+
+    def fields(self, name: str, unit: str = "ms", calls: int = 1) -> dict[str, float]:
+        """Median and spread (third minus first quartile) of one call, as record fields."""
+        scale = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit] / calls
+        low, _, high = statistics.quantiles(self.wall, n=4) if len(self.wall) > 1 else (0.0, 0.0, 0.0)
+        return {
+            f"{name}_{unit}": rounded(self.median * scale),
+            f"{name}_spread_{unit}": rounded((high - low) * scale),
+            f"{name}_cpu_{unit}": rounded(self.cpu_median * scale),
+        }
+
+    def ratios(self, name: str, other: Timing) -> dict[str, float]:
+        """Medians over another's medians, as record fields."""
+        return {
+            f"{name}_ratio": rounded(self.median / other.median, 3),
+            f"{name}_cpu_ratio": rounded(self.cpu_median / other.cpu_median, 3),
+        }
+
+
+def interleave(
+    contestants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2, limit_s: float = 60.0
+) -> dict[str, Timing]:
+    """Times each contestant `repeats` times, in turns; every other round runs in reverse order.
+
+    A busy machine ends it earlier: after `limit_s` seconds, but not before five rounds.
+    """
+    for _ in range(warmup):
+        for run in contestants.values():
+            run()
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    order = list(contestants.items())
+    start = time.perf_counter()
+    for done in range(repeats):
+        if done >= 5 and time.perf_counter() - start > limit_s:
+            break
+        for name, run in order:
+            turns[name].append(timed(run))
+        order.reverse()
+    return {name: Timing(*zip(*values, strict=True)) for name, values in turns.items()}
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall and processor seconds of one call, work on a GPU included in the former."""
+    synchronize()
+    start, cpu = time.perf_counter(), time.process_time()
+    run()
+    synchronize()
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
+def synchronize() -> None:
+    """Waits for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of the compilers that it started."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """Four significant digits: more would be noise."""
+    return float(f"{value:.{digits}g}")
+
+
+# Subprocesses
+
+
+def worker(module: str, config: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Runs `python -m MODULE --worker JSON` in a process of its own and returns the JSON line that it prints last.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it wrote to stderr.
+    """
+    command = [sys.executable, "-m", module, "--worker", json.dumps(dict(config))]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} {dict(config)} failed with {done.returncode}: ...{done.stderr[-2000:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def worker_config() -> dict[str, Any] | None:
+    """In a process that `worker` started: its configuration; else None."""
+    return json.loads(sys.argv[2]) if sys.argv[1:2] == ["--worker"] else None
+
+
+# Records
+
+
+class Report:
+    """Records of one benchmark run, written to disk after each one.
+
+    Args:
+        out: JSON file.
+        tiny: a smoke run.
+    """
+
+    def __init__(self, out: Path, tiny: bool) -> None:
+        self._out = out
+        self._content: dict[str, Any] = {
+            "command": _command(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "smoke_run": tiny,
+            "commit": _git_commit(),
+            "source_sha256": _source_digest(),
+            "machine": machine(),
+            "versions": versions(),
+            "records": [],
+        }
+        self._write()
+
+    def add(self, **fields: Any) -> None:
+        """Adds a record, prints it and writes the file."""
+        self._content["records"].append(fields)
+        self._write()
+        print(json.dumps(fields), flush=True)
+
+    def _write(self) -> None:
+        self._content["load_average"] = rounded(os.getloadavg()[0], 2)
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._out.with_suffix(f".{os.getpid()}.part")
+        partial.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self._out)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["gpu_capability"] = list(torch.cuda.get_device_capability())
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__}
+    facts["diffusers"] = metadata.version("diffusers")
+    if torch.version.cuda:
+        facts["cuda"] = torch.version.cuda
+    return {**facts, "accel_hidiff": ah.__version__}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    model = ", ".join(f"{name} {facts[name]}" for name in ("cpu family", "model", "stepping") if name in facts)
+    return f"{facts.get('model name', platform.machine())} ({model})" if model else platform.machine()
+
+
+def _command() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    words = ["python", "-m", spec.name] if spec else ["python", Path(sys.argv[0]).name]
+    hidden = False
+    for word in sys.argv[1:]:
+        name, equals, value = word.partition("=")
+        if hidden or (equals and name in _PATH_OPTIONS):
+            path = Path(value if equals else word)
+            words.append((f"{name}=" if equals else "") + (path.name if path.suffix == ".json" else "DIR"))
+        else:
+            words.append(word)
+        hidden = word in _PATH_OPTIONS
+    return " ".join(words)
+
+
+def _git_commit() -> str | None:
+    """The commit, with "+" for a changed tree; None where nothing is committed."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    changed = commit is not None and git("status", "--porcelain", "--", "accel_hidiff", "compile_cache", "benchmarks")
+    return f"{commit}+" if changed else commit
+
+
+def _source_digest() -> str:
+    """SHA-256 over the sources of both packages: tells which code was measured, committed or not."""
+    digest = hashlib.sha256()
+    for folder in ("accel_hidiff", "compile_cache"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def median_of(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    """Median of one field over the answers of several processes."""
+    return rounded(statistics.median(row[name] for row in rows))

@@ -1,0 +1,99 @@
+"""Whole UNet against blocks: seconds to compile and milliseconds per step; what the default of `regions` rests on.
+
+On a model of SDXL's layout with fewer transformer blocks than the demo model, so that a whole-UNet graph compiles in
+minutes. Both choices compile for one size in processes of their own with empty caches (`compile_s` is the UNet's share;
+the VAE decoder, the same for both, is left out), then they are timed in turns with eager in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import accel_hidiff as ah
+from accel_hidiff.demo import DemoModelConfig
+from accel_hidiff.explain import PrecompileEvent
+from benchmarks import harness as h
+from benchmarks.step import call
+from compile_cache import CompileCache
+
+REDUCED = DemoModelConfig(transformer_layers=(1, 1, 2))
+CHOICES = ("blocks", "whole")
+
+
+def make_handle(regions: str, tiny: bool, cache: str, on_miss: str = "compile") -> ah.Handle:
+    """An accelerated reduced pipeline."""
+    pipe = h.demo_pipeline(tiny, REDUCED)
+    config = ah.HiDiffusionConfig()
+    return ah.accelerate(pipe, hidiffusion=config, cache=CompileCache(cache), regions=regions, on_miss=on_miss)
+
+
+def compile_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Compiles one choice into its empty cache."""
+    seconds: Counter[str] = Counter()
+    cpu: Counter[str] = Counter()
+
+    def progress(event: PrecompileEvent) -> None:
+        seconds[event.region] += event.seconds
+        cpu[event.region] += h.cpu_seconds() * (-1 if event.state == "compiling" else 1)
+
+    width, height = config["size"]
+    made = make_handle(config["regions"], config["tiny"], config["cache"]).precompile(
+        [(height, width)],
+        h.NUM_STEPS,
+        batch_sizes=(h.GUIDANCE_BATCH,),
+        progress=progress,
+    )
+    decoder, _ = seconds.pop("vae.decoder"), cpu.pop("vae.decoder")
+    return {
+        "unet_artifacts": made.artifacts - 1,
+        "compile_s": seconds.total(),
+        "compile_cpu_s": cpu.total(),
+        "decoder_s": decoder,
+        "artifacts_mb": made.bytes / 1e6,
+    }
+
+
+def main() -> None:
+    if (config := h.worker_config()) is not None:
+        print(json.dumps(compile_worker(config)))
+        return
+    options = h.parsed(h.arguments(__doc__))
+    sizes = h.sizes_of(options)
+    report = h.Report(options.out, options.tiny)
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        caches = {regions: str(Path(directory) / regions / "cache") for regions in CHOICES}
+        for regions, cache in caches.items():
+            empty = {"TORCHINDUCTOR_CACHE_DIR": str(Path(directory) / regions / "inductor")}
+            config = {"regions": regions, "tiny": options.tiny, "cache": cache, "size": sizes[0]}
+            made = h.worker("benchmarks.regions_choice", config, empty)
+            rows = {name: h.rounded(value) if isinstance(value, float) else value for name, value in made.items()}
+            report.add(regions=regions, size=str(sizes[0]), **rows)
+        patches = {"eager": ah.apply_hidiffusion(h.demo_pipeline(options.tiny, REDUCED))}
+        for regions, cache in caches.items():
+            patches[regions] = make_handle(regions, options.tiny, cache, on_miss="error").patch
+        for size in sizes:
+            inputs = h.unet_inputs(patches["eager"].unet, size)
+            for topology, step in h.topology_steps(patches["eager"], size).items():
+                runs = {name: partial(call, patch, inputs, step) for name, patch in patches.items()}
+                want = runs["eager"]()
+                errors = {regions: h.verify(regions, runs[regions](), want) for regions in CHOICES}
+                times = h.interleave(runs, options.repeats)
+                fields: dict[str, Any] = {"size": str(size), "topology": str(topology), "batch": h.GUIDANCE_BATCH}
+                for name, timing in times.items():
+                    fields |= timing.fields(name)
+                for regions in CHOICES:
+                    fields |= times[regions].ratios(f"{regions}_over_eager", times["eager"])
+                    fields[f"{regions}_error"] = h.rounded(errors[regions], 2)
+                fields |= times["whole"].ratios("whole_over_blocks", times["blocks"])
+                report.add(**fields)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The record of one action: readable JSON that names the blobs of a key and proves that it is whole.
+
+Two checks cover every byte of a record. The ``checksum`` field is the SHA-256 of the canonical JSON of all the other
+fields; and the file has to be, byte for byte, the text that this module writes for those fields, so that even a
+changed space or a doubled field is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from .errors import UnstableFactor, one_line
+from .keys import JSON, CacheKey, canonical_json
+
+RECORD_FORMAT: Final = 1
+_FIELDS: Final = {"format", "key", "factors", "files", "notes", "created", "checksum"}
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+class BadRecord(Exception):
+    """A record is not what was written. The text is the reason, without the path."""
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    """Names the bytes of one file.
+
+    Attributes:
+        sha256: SHA-256 of the bytes, 64 lower-case hexadecimal digits; also the name of the blob.
+        size: length in bytes.
+    """
+
+    sha256: str
+    size: int
+
+    @classmethod
+    def of(cls, data: bytes) -> BlobRef:
+        """Return the name of ``data``."""
+        return cls(hashlib.sha256(data).hexdigest(), len(data))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is stored under a key: its factors, its files, and the notes of who built it.
+
+    Attributes:
+        digest: digest of the key.
+        factors: the factors of the key.
+        files: file name (POSIX, relative) -> blob.
+        notes: plain JSON, not part of the key.
+        created: UTC time in ISO 8601.
+    """
+
+    digest: str
+    factors: dict[str, JSON]
+    files: dict[str, BlobRef]
+    notes: dict[str, JSON]
+    created: str
+
+
+def is_sha256(text: object) -> bool:
+    """Whether ``text`` is 64 lower-case hexadecimal digits."""
+    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
+
+
+def is_file_name(name: object) -> bool:
+    """Whether ``name`` is a relative POSIX path that stays inside its directory on every system."""
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:  # bytes on disk that are not UTF-8
+        return False
+    return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def encode_record(record: Record) -> bytes:
+    """Return the text of a record: JSON with an indent of 1, sorted names, ASCII, a line feed at the end."""
+    body: dict[str, JSON] = {
+        "format": RECORD_FORMAT,
+        "key": record.digest,
+        "factors": record.factors,
+        "files": {name: {"sha256": ref.sha256, "size": ref.size} for name, ref in record.files.items()},
+        "notes": record.notes,
+        "created": record.created,
+    }
+    body["checksum"] = hashlib.sha256(canonical_json(body).encode("ascii")).hexdigest()
+    return (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def decode_record(data: bytes, digest: str) -> Record:
+    """Return the record that ``data`` holds, checked in full.
+
+    Args:
+        data: the bytes of the file.
+        digest: the key digest that the file is named after.
+
+    Raises:
+        BadRecord: if any byte is not what :func:`encode_record` wrote for that key.
+    """
+    try:
+        body = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"not a JSON record ({one_line(error, 80)})") from error
+    if not isinstance(body, dict) or set(body) != _FIELDS:
+        raise BadRecord(f"not the fields of a record ({one_line(sorted(body) if body else body, 80)})")
+    version = body["format"]
+    if type(version) is not int or version != RECORD_FORMAT:
+        raise BadRecord(f"record format {one_line(version, 40)}, this version reads format {RECORD_FORMAT}")
+    try:
+        checksum = hashlib.sha256(canonical_json(_without_checksum(body)).encode("ascii")).hexdigest()
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"no canonical form ({one_line(error, 80)})") from error
+    if checksum != body["checksum"]:
+        raise BadRecord("its checksum does not match its fields")
+    record = _checked(body, digest)
+    if encode_record(record) != data:
+        raise BadRecord("its bytes are not the ones that were written")
+    return record
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _without_checksum(body: Mapping[str, JSON]) -> dict[str, JSON]:
+    return {name: value for name, value in body.items() if name != "checksum"}
+
+
+def _checked(body: dict[str, object], digest: str) -> Record:
+    factors, files, notes, created = (body[name] for name in ("factors", "files", "notes", "created"))
+    if not isinstance(factors, dict) or not isinstance(notes, dict) or not isinstance(created, str):
+        raise BadRecord("its fields have the wrong types")
+    if not isinstance(files, dict) or not files:
+        raise BadRecord("it names no files")
+    try:
+        named_by_factors = CacheKey(factors).digest
+    except UnstableFactor as error:
+        raise BadRecord(one_line(error, 120)) from error
+    if body["key"] != digest or named_by_factors != digest:
+        raise BadRecord("it belongs to another key than the one it is named after")
+    return Record(digest, factors, {name: _blob_ref(name, ref) for name, ref in files.items()}, notes, created)
+
+
+def _blob_ref(name: str, ref: object) -> BlobRef:
+    if not is_file_name(name) or not isinstance(ref, dict) or set(ref) != {"sha256", "size"}:
+        raise BadRecord(f"its file {one_line(ascii(name), 60)} is not well described")
+    sha256, size = ref["sha256"], ref["size"]
+    if not is_sha256(sha256) or type(size) is not int or size < 0:
+        raise BadRecord(f"its file {one_line(ascii(name), 60)} is not well described")
+    return BlobRef(sha256, size)

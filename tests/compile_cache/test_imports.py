@@ -1,0 +1,116 @@
+"""The package imports and works without torch, starts no device, and keys the environment without an index."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from compile_cache import CacheKey, CompileCacheError, environment_factors
+from compile_cache import environment as module
+
+ROOT = Path(module.__file__).parents[1]  # the package need not be installed
+
+BLOCKED = """
+import importlib, pkgutil, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "numpy", "diffusers", "accel_hidiff"}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+import compile_cache
+for module in pkgutil.iter_modules(compile_cache.__path__, "compile_cache."):
+    importlib.import_module(module.name)
+assert not {"torch", "accel_hidiff"} & set(sys.modules)
+try:
+    compile_cache.environment_factors("cpu")
+except ImportError:
+    print("works without torch")
+"""
+
+FAKE_RUN = """
+import json, sys, types
+torch = types.ModuleType("torch")
+torch.__version__ = "2.13.0"
+torch.version = types.SimpleNamespace(git_version="abc", cuda="12.8")
+class NoDevice:
+    def __getattr__(self, name):
+        raise AssertionError("CUDA was touched: " + name)
+torch.cuda = NoDevice()
+sys.modules["torch"] = torch
+from compile_cache import environment_factors
+print(json.dumps(environment_factors("cpu"), sort_keys=True))
+"""
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def test_imports_without_torch():
+    assert python(BLOCKED) == "works without torch"
+
+
+def test_cpu_facts_touch_no_cuda_and_are_stable():
+    text = python(FAKE_RUN)
+    facts = json.loads(text)
+    assert text == python(FAKE_RUN)
+    assert facts["torch"] == "2.13.0" and facts["torch_git"] == "abc" and facts["machine"] and facts["libc"]
+    assert facts["cpu"]["flags"] == sorted(set(facts["cpu"]["flags"]))
+    assert CacheKey(facts)
+
+
+@pytest.fixture
+def fake_torch(monkeypatch):
+    devices = [("NVIDIA A", 8, 0, 108), ("NVIDIA B", 9, 0, 132), ("NVIDIA B", 9, 0, 132)]
+
+    def properties(index):
+        name, major, minor, count = devices[index]
+        return types.SimpleNamespace(name=name, major=major, minor=minor, multi_processor_count=count)
+
+    torch = types.ModuleType("torch")
+    torch.__version__ = "2.13.0"
+    torch.version = types.SimpleNamespace(git_version="abc", cuda="12.8")
+    torch.cuda = types.SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: len(devices),
+        current_device=lambda: 0,
+        get_device_properties=properties,
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    return torch
+
+
+def test_cuda_facts_have_no_index(fake_torch):
+    facts = environment_factors("cuda:1")
+    assert facts["capability"] == "sm_90" and facts["device_name"] == "NVIDIA B" and facts["multiprocessors"] == 132
+    assert facts == environment_factors("cuda:2") and facts != environment_factors("cuda:0")
+    assert environment_factors("cuda") == environment_factors("cuda:0")
+    assert facts["cuda"] == "12.8" and "cpu" not in facts
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "cuda:x", "cuda:9", "cuda:-1"])
+def test_devices_that_are_not_there(fake_torch, device):
+    with pytest.raises(CompileCacheError, match="expected"):
+        environment_factors(device)
+
+
+def test_no_cuda(fake_torch):
+    fake_torch.cuda.is_available = lambda: False
+    with pytest.raises(CompileCacheError, match="got none"):
+        environment_factors("cuda")
+
+
+def test_cpuinfo_of_x86_arm_and_nothing():
+    x86 = "vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 207\nflags\t\t: sse2 avx avx2 avx\n\n"
+    facts = module.parse_cpuinfo(x86 + x86.replace("207", "1"))
+    assert facts == {"vendor": "GenuineIntel", "family": "6", "model": "207", "flags": ["avx", "avx2", "sse2"]}
+    arm = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd0c\n"
+    assert module.parse_cpuinfo(arm) == {"vendor": "0x41", "family": "8", "model": "0xd0c", "flags": ["asimd", "fp"]}
+    nothing = module.parse_cpuinfo("")
+    assert nothing["model"] and nothing["flags"] == []

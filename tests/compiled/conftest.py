@@ -1,0 +1,104 @@
+"""Fixtures of the compiled half: one tiny model and one cache, compiled once for the whole test session."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import accel_hidiff as ah
+from accel_hidiff.demo import build_pipeline, save_model, tiny_config
+from compile_cache import CompileCache
+
+STEPS = 7  # [0, 1) windowed+dilated, [1, 2) windowed+pooled, [2, 7) windowed
+SIZES = [(128, 128), (128, 192), (256, 128)]  # (height, width): square, landscape, portrait
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models are fastest on one thread, and then do not disturb each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "tiny", config=tiny_config())
+
+
+@pytest.fixture(scope="session")
+def make_pipe() -> Callable[..., Any]:
+    def make(seed: int = 0) -> Any:
+        pipe = build_pipeline(seed, config=tiny_config())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def precompiled(tmp_path_factory: pytest.TempPathFactory, make_pipe: Any) -> tuple[Path, Any]:
+    """A cache with every graph of the three sizes, and the report of how it was made."""
+    location = tmp_path_factory.mktemp("cache")
+    handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=location)
+    report = handle.precompile(SIZES, STEPS)
+    handle.remove()
+    return location, report
+
+
+@pytest.fixture(scope="session")
+def cache_dir(precompiled: Any) -> Path:
+    """The session's cache; read it, do not change it."""
+    return precompiled[0]
+
+
+@pytest.fixture
+def own_cache(cache_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the session's cache, to be damaged."""
+    return Path(shutil.copytree(cache_dir, tmp_path / "cache"))
+
+
+@pytest.fixture
+def strict(make_pipe: Any, cache_dir: Path) -> Iterator[Any]:
+    """A handle that serves from the session's cache and refuses everything else."""
+    handle = accelerate_strict(make_pipe(), cache_dir)
+    yield handle
+    handle.remove()
+
+
+def accelerate_strict(pipe: Any, cache: Path) -> Any:
+    config = ah.HiDiffusionConfig()
+    return ah.accelerate(pipe, hidiffusion=config, cache=CompileCache(cache), on_miss="error")
+
+
+def request(pipe: Any, height: int = 128, width: int = 192, **kwargs: Any) -> torch.Tensor:
+    """One request of seed 0; latents unless `output_type` says otherwise."""
+    options = {"num_inference_steps": STEPS, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    return pipe("a red circle", height=height, width=width, **{**options, **kwargs}).images
+
+
+def unet_inputs(unet: Any, height: int, width: int, batch: int) -> dict[str, Any]:
+    """Random inputs of one UNet call; sizes in pixels."""
+    generator = torch.Generator().manual_seed(height * 1000 + width + batch)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    config = unet.config
+    text_embeds = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {
+        "sample": randn(batch, 4, height // 8, width // 8),
+        "timestep": torch.tensor(321.0),
+        "encoder_hidden_states": randn(batch, 77, config.cross_attention_dim),
+        "added_cond_kwargs": {"text_embeds": randn(batch, text_embeds), "time_ids": randn(batch, 6)},
+    }
+
+
+def relative_difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).abs().max() / want.abs().max()).item()
