@@ -35,10 +35,23 @@ class PipelineClock:
         self._pipe = weakref.ref(pipe)
         self._request = _Request()
 
-    def begin(self) -> None:
-        """The pipeline begins a request on this thread; its scheduler has its timesteps already."""
-        self._request.timesteps = getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
+    def begin(self, seed: int | None) -> None:
+        """The pipeline begins a request on this thread; its scheduler has its timesteps already.
+
+        Args:
+            seed: of the request's generator, None where it has no single one.
+        """
+        self._request.timesteps = self._timesteps()
         self._request.first = None
+        self._request.seed = seed
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the running request; None where it has none, or is not one of this pipeline."""
+        return self._request.seed if self._request.timesteps is self._timesteps() else None
+
+    def _timesteps(self) -> Any:
+        return getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
 
     def position(self, timestep: Any) -> StepPosition:
         """The step of a UNet call with this timestep.
@@ -47,7 +60,7 @@ class PipelineClock:
             NoPhase: the timestep is none of the pipeline's, so another caller runs this UNet.
         """
         pipe: Any = self._pipe()
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        timesteps = self._timesteps()
         if not isinstance(timesteps, Tensor) or timesteps.ndim != 1 or len(timesteps) == 0:
             raise NoPhase(
                 "the UNet was called before its pipeline's scheduler has timesteps; "
@@ -91,3 +104,4 @@ class PipelineClock:
 class _Request(threading.local):
     timesteps: Tensor | None = None
     first: int | None = None
+    seed: int | None = None

@@ -168,11 +168,11 @@ class Patch:
         return forward
 
     def _begin_call(self, sample: Tensor, timestep: Any) -> UNetCall:
-        by_hand = self._request.by_hand
+        by_hand, seed, shifts = self._request.by_hand, None, None
         if by_hand is not None:
             (step, num_steps), shifts = by_hand
         elif self.clock is not None:
-            (step, num_steps), shifts = self.clock.position(timestep), None
+            (step, num_steps), seed = self.clock.position(timestep), self.clock.seed
         else:
             raise NoPhase(
                 "a patched UNet was called without a step; expected a call by the pipeline that was patched, or "
@@ -185,7 +185,7 @@ class Patch:
             return UNetCall(topology)
         if shifts is not None:
             return UNetCall(topology, torch.tensor(shifts, device=sample.device))
-        seed = self.config.shift_seed if by_hand is not None or self._request.seed is None else self._request.seed
+        seed = self.config.shift_seed if seed is None else seed
         return UNetCall(topology, _shift_table(seed, num_steps, len(self.windowed_blocks), sample.device)[step])
 
     def _with_resized_residuals(self, sample: Tensor, call: UNetCall, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -210,18 +210,15 @@ class Patch:
         """
 
         def prepare_extra_step_kwargs(generator: Any, *args: Any, **kwargs: Any) -> Any:
-            single = isinstance(generator, torch.Generator)
-            self._request.seed = generator.initial_seed() if single else None
             self._request.number += 1
             if self.clock is not None:
-                self.clock.begin()
+                self.clock.begin(generator.initial_seed() if isinstance(generator, torch.Generator) else None)
             return inner(generator, *args, **kwargs)
 
         return prepare_extra_step_kwargs
 
 
 class _Request(threading.local):
-    seed: int | None = None
     number: int = 0
     by_hand: tuple[StepPosition, tuple[int, ...] | None] | None = None
 
@@ -250,12 +247,13 @@ def apply_hidiffusion(
         UnknownLayout: the UNet fits no family.
         BadInput: an option is not what it should be.
     """
-    config = config or HiDiffusionConfig()
-    config = config.replace(
-        windowed=config.windowed and bool(apply_window_attn),
-        pooled=config.pooled and bool(apply_raunet),
-        dilated=config.dilated and bool(apply_raunet),
-    )
+    config = HiDiffusionConfig() if config is None else config
+    if isinstance(config, HiDiffusionConfig):
+        config = config.replace(
+            windowed=config.windowed and bool(apply_window_attn),
+            pooled=config.pooled and bool(apply_raunet),
+            dilated=config.dilated and bool(apply_raunet),
+        )
     return install(pipe_or_unet, config, family, task)
 
 
@@ -267,6 +265,8 @@ def install(
     region_layer: RegionLayer | None = None,
 ) -> Patch:
     """`apply_hidiffusion` with a layer of compiled regions between the windows and the pool (see `dispatch`)."""
+    if not isinstance(config, HiDiffusionConfig):
+        raise BadInput(f"config: expected a HiDiffusionConfig, got {type(config).__name__}")
     pipe, unet = find_unet(pipe_or_unet)
     chosen = identify(Layout.from_config(unet.config), family)
     if task is None:

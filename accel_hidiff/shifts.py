@@ -29,15 +29,15 @@ def window_shifts(seed: int, step: int, blocks: int) -> tuple[int, ...]:
 def check_shifts(shifts: object, blocks: int) -> tuple[int, ...]:
     """Validates shifts given by hand: one int in 0..3 per windowed block, in call order."""
     try:
-        if any(isinstance(value, bool) for value in shifts):  # type: ignore[attr-defined]
-            raise TypeError
-        values = tuple(operator.index(value) for value in shifts)  # type: ignore[attr-defined]
+        given = tuple(shifts)  # type: ignore[arg-type, var-annotated]
+        values = tuple(-1 if isinstance(value, bool) else operator.index(value) for value in given)
     except (TypeError, ValueError):
-        raise BadInput(f"window_shifts: expected {blocks} integers in 0..3, got {shifts!r}") from None
+        got = " ".join(repr(shifts).split())
+        raise BadInput(f"window_shifts: expected {blocks} integers in 0..3, got {got}") from None
     if len(values) != blocks:
         raise BadInput(
             f"window_shifts: expected {blocks} values, one per windowed block in call order, got {len(values)}"
         )
-    if wrong := [value for value in values if not 0 <= value < NUM_SHIFTS]:
+    if wrong := [given[index] for index, value in enumerate(values) if not 0 <= value < NUM_SHIFTS]:
         raise BadInput(f"window_shifts: expected integers in 0..3, got {wrong[0]}")
     return values

@@ -278,8 +278,13 @@ def worker(module: str, config: Mapping[str, Any], environment: Mapping[str, str
 
 
 def worker_config() -> dict[str, Any] | None:
-    """In a process that `worker` started: its configuration; else None."""
-    return json.loads(sys.argv[2]) if sys.argv[1:2] == ["--worker"] else None
+    """In a process that `worker` started: its configuration, with its threads set; else None."""
+    if sys.argv[1:2] != ["--worker"]:
+        return None
+    config: dict[str, Any] = json.loads(sys.argv[2])
+    if config.get("threads") is not None:
+        torch.set_num_threads(config["threads"])
+    return config
 
 
 # Records

@@ -22,7 +22,7 @@ import accel_hidiff as ah
 from benchmarks import harness as h
 from compile_cache import CompileCache
 
-REQUEST_STEPS = 8  # enough for all topologies of a request
+REQUEST_STEPS = 7  # enough for all topologies of a request
 
 
 def resident_mb() -> float:
@@ -95,7 +95,7 @@ def main() -> None:
             h.demo_pipeline(options.tiny), hidiffusion=ah.HiDiffusionConfig(), cache=CompileCache(cache)
         )
         filler.precompile([(size.height, size.width) for size in sizes], REQUEST_STEPS)
-        config = {"tiny": options.tiny, "sizes": sizes, "cache": str(cache.resolve())}
+        config = {"tiny": options.tiny, "threads": options.threads, "sizes": sizes, "cache": str(cache.resolve())}
         sides = {side: h.worker("benchmarks.memory", {"side": side, **config}) for side in ("eager", "compiled")}
     eager, compiled = sides["eager"], sides["compiled"]
     for name, want in eager["probes"].items():

@@ -37,7 +37,7 @@ def test_views_are_found_exactly_even_where_timesteps_repeat(values: list[int], 
     facts = {"begin_index": first} if data.draw(st.booleans()) else {"begin_index": None}
     pipe = Pipe(timesteps, facts=facts, num_timesteps=running)
     clock = PipelineClock(pipe)
-    clock.begin()
+    clock.begin(None)
     found = [tuple(clock.position(t)) for t in timesteps[first:]]
     assert found == [(step, running) for step in range(running)]
 
@@ -50,7 +50,7 @@ def test_a_request_that_ends_early_counts_the_steps_that_run(count: int, data: A
     facts = {"begin_index": 0} if data.draw(st.booleans()) else {}
     pipe = Pipe(timesteps, facts=facts, num_timesteps=running, denoising_end=0.5)
     clock = PipelineClock(pipe)
-    clock.begin()
+    clock.begin(None)
     assert [tuple(clock.position(t)) for t in timesteps[:running]] == [(step, running) for step in range(running)]
 
 
@@ -93,10 +93,10 @@ def test_an_abandoned_request_does_not_move_the_next_one() -> None:
     """The first request starts at index 6 and stops after two calls; the second starts at index 2."""
     pipe = Pipe(torch.arange(10), num_timesteps=4)
     clock = PipelineClock(pipe)
-    clock.begin()
+    clock.begin(None)
     assert [tuple(clock.position(pipe.scheduler.timesteps[index])) for index in (6, 7)] == [(0, 4), (1, 4)]
     pipe.scheduler.timesteps, pipe.num_timesteps = torch.arange(10), 8
-    clock.begin()
+    clock.begin(None)
     found = [tuple(clock.position(t)) for t in pipe.scheduler.timesteps[2:]]
     assert found == [(step, 8) for step in range(8)]
 
@@ -105,7 +105,7 @@ def test_a_request_of_another_thread_has_no_influence() -> None:
     """A thread that never began a request counts by the schedule alone."""
     pipe = Pipe(torch.arange(10), num_timesteps=4)
     clock = PipelineClock(pipe)
-    clock.begin()
+    clock.begin(None)
     assert tuple(clock.position(pipe.scheduler.timesteps[6])) == (0, 4)
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(tuple(clock.position(pipe.scheduler.timesteps[6]))))

@@ -44,7 +44,6 @@ for height, width in sizes:
 torch.save(images, out)
 print(json.dumps({
     "counters": {name: dict(values) for name, values in counters.items() if values},
-    "frames": dict(torch._dynamo.utils.frame_phase_timing) if hasattr(torch._dynamo.utils, "frame_phase_timing") else {},
     "compiler": [name for name in ("torch._inductor.compile_fx", "torch._inductor.graph") if name in sys.modules],
     "stats": handle.stats.to_json(),
 }))

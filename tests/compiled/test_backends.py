@@ -1,0 +1,80 @@
+"""The other choices: whole-UNet regions, exact shapes, odd sizes, torch.compile. Each really compiles: slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import accel_hidiff as ah
+from tests.compiled.conftest import STEPS, relative_difference, request, unet_inputs
+
+pytestmark = pytest.mark.slow
+ONE_TOPOLOGY = 2  # steps: too few for a RAU-Net phase, so that one graph is enough
+
+
+@pytest.fixture
+def eager(make_pipe: Any) -> Any:
+    pipe = make_pipe()
+    ah.apply_hidiffusion(pipe)
+    return pipe
+
+
+def test_whole_unet_regions_equal_eager_at_two_sizes(make_pipe: Any, eager: Any, tmp_path: Path) -> None:
+    config = ah.HiDiffusionConfig()
+    handle = ah.accelerate(make_pipe(), hidiffusion=config, cache=tmp_path / "cache", regions="whole")
+    for size in ((128, 192), (256, 128)):
+        got = request(handle.pipe, *size, num_inference_steps=ONE_TOPOLOGY)
+        want = request(eager, *size, num_inference_steps=ONE_TOPOLOGY)
+        assert relative_difference(got, want) < 5e-3
+    assert handle.stats.compiles == 1 and handle.stats.hits == 2 * ONE_TOPOLOGY
+
+
+def test_odd_feature_maps_take_exact_graphs(make_pipe: Any, eager: Any, own_cache: Path) -> None:
+    """72 x 136 pixels: 9 x 17 latent cells, 5 x 9 in the windowed level. Only what is windowed compiles again."""
+    handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=own_cache)
+    got = request(handle.pipe, 72, 136, num_inference_steps=ONE_TOPOLOGY)
+    assert relative_difference(got, request(eager, 72, 136, num_inference_steps=ONE_TOPOLOGY)) < 5e-3
+    assert handle.stats.compiles == 1 and handle.stats.eager_calls == 0
+
+
+def test_exact_shapes_compile_one_graph_per_size(make_pipe: Any, eager: Any, tmp_path: Path) -> None:
+    config = ah.HiDiffusionConfig(pooled=False, dilated=False)
+    pipe = make_pipe()
+    handle = ah.accelerate(pipe, hidiffusion=config, cache=tmp_path / "cache", shapes="exact", on_miss="eager")
+    graphs = handle._unet_graphs(handle.patch.plan(128, 192, 1).at(0), 128, 192, 1)
+    assert all(size.is_exact for graph, _ in graphs for size in graph.bucket.dims.values())
+    graph, sizes = graphs[-1]
+    handle._dispatcher.binder.prepare(graph)
+    (bound,) = handle._dispatcher.binder.bind_all([(graph, sizes)], compile_missing=False).values()
+    example = graph.region.example(graph.traits, sizes, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        assert relative_difference(bound(*example), graph.region.graph_module(graph.traits)(*example)) < 1e-3
+
+
+def test_inductor_compiles_each_graph_once_in_the_process(
+    make_pipe: Any, eager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two regions through `torch.compile`, over all phases; the rest runs eager in this test, for time."""
+    from torch._dynamo.utils import counters
+
+    from accel_hidiff import dispatch
+
+    def two_regions(unet: Any) -> Any:
+        return [(path, unet.get_submodule(path)) for path in ("down_blocks.1.attentions.0", "mid_block.resnets.0")]
+
+    monkeypatch.setattr(dispatch, "find_regions", two_regions)
+    pipe = make_pipe()
+    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), backend="inductor")
+    got = request(pipe)
+    assert relative_difference(got, request(eager)) < 5e-3
+    counters.clear()
+    with handle.stats.expect(compiles=0, eager_calls=0):
+        request(pipe, 256, 128)
+        request(pipe, guidance_scale=0.0)
+    assert not counters["stats"], "a second size or batch compiled again"
+    inputs = unet_inputs(pipe.unet, 128, 128, 2)
+    with torch.no_grad(), handle.patch.phase(step=STEPS - 1, num_steps=STEPS):
+        pipe.unet(**inputs)
