@@ -142,7 +142,8 @@ class Dispatcher:
         )
         graph = self._graphs.get(name)
         if graph is None:
-            graph = self._graphs[name] = self._resolve(_facts(call, sample, text, extras), sample)
+            facts = _facts(call, sample, text, extras, _device_of(patch.unet))
+            graph = self._graphs[name] = self._resolve(facts, sample)
         self._count(graph)
         call.regions = graph.calls
         if UNET in graph.calls:
@@ -257,7 +258,18 @@ class Dispatcher:
 
     def _resolve_decoder(self, region: DecoderRegion, sample: Tensor, grad: bool, autocast: bool) -> Graph:
         batch, _, height, width = sample.shape
-        facts = CallFacts(PLAIN, height, width, batch, 0, str(sample.dtype), str(sample.device), (), grad, autocast)
+        facts = CallFacts(
+            topology=PLAIN,
+            height=height,
+            width=width,
+            batch=batch,
+            tokens=0,
+            dtype=str(sample.dtype),
+            device=str(sample.device),
+            grad=grad,
+            autocast=autocast,
+            weights=_device_of(region.module),
+        )
         decision = judge_call(facts, self.regions_option)
         if isinstance(decision, Reject):
             return self._refused(decision.reason)
@@ -314,7 +326,11 @@ def _extras(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _facts(call: UNetCall, sample: Tensor, text: Any, extras: tuple[str, ...]) -> CallFacts:
+def _device_of(module: nn.Module) -> str:
+    return str(next(module.parameters()).device)
+
+
+def _facts(call: UNetCall, sample: Tensor, text: Any, extras: tuple[str, ...], weights: str) -> CallFacts:
     batch, _, height, width = sample.shape
     fits = isinstance(text, Tensor) and text.ndim == 3 and text.shape[0] == batch and text.dtype == sample.dtype
     return CallFacts(
@@ -329,4 +345,5 @@ def _facts(call: UNetCall, sample: Tensor, text: Any, extras: tuple[str, ...]) -
         grad=torch.is_grad_enabled(),
         autocast=torch.is_autocast_enabled(sample.device.type),
         tensor_text=fits,
+        weights=weights,
     )

@@ -44,7 +44,8 @@ _CHANGES_UNET = (
 class CallFacts:
     """Everything about one UNet call that decides which graph serves it, and whether one may.
 
-    Sizes are latent; `tokens` is the text length; `extras` names the optional arguments that were given.
+    Sizes are latent; `tokens` is the text length; `extras` names the optional arguments that were given; `dtype` and
+    `device` are the sample's, `weights` the device that the weights are on ("" where it is not known).
     """
 
     topology: Topology
@@ -58,6 +59,7 @@ class CallFacts:
     grad: bool = False
     autocast: bool = False
     tensor_text: bool = True
+    weights: str = ""
 
 
 def judge_call(facts: CallFacts, regions: str) -> Decision:
@@ -71,6 +73,11 @@ def judge_call(facts: CallFacts, regions: str) -> Decision:
         return Reject("gradients are on, compiled graphs have none: call under torch.no_grad()")
     if facts.autocast:
         return Reject("autocast is on, graphs are compiled for one dtype: leave it, or set the pipeline's dtype")
+    if facts.weights and facts.weights != facts.device:
+        return Reject(
+            f"the weights are on {facts.weights}, the sample on {facts.device}: compiled graphs bind weights where "
+            "they are; move the model there for good (CPU offload moves it at every call)"
+        )
     if not facts.tensor_text:
         return Reject("encoder_hidden_states is no (batch, tokens, channels) tensor of the sample's batch and dtype")
     refused = _CHANGES_UNET if regions == "whole" else _CHANGES_BLOCKS

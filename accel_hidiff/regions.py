@@ -318,7 +318,7 @@ class RegionGraph:
                 "traits": dict(self.traits),
                 "bucket": self.bucket.to_json(),
                 "dtype": str(self.dtype),
-                "device": self.device.type,
+                "device": str(self.device) if self.device.index else self.device.type,  # code may name a device index
                 "memory_format": str(self.region.memory_format),
                 **backend_factors,
             }
