@@ -20,8 +20,9 @@ from accel_hidiff.call import UNetCall
 from accel_hidiff.errors import GraphMiss
 from accel_hidiff.families import feature_sizes
 from accel_hidiff.fingerprint import weights_token
+from accel_hidiff.forwards import Forward
 from accel_hidiff.guard import CallFacts, Reject, judge_call
-from accel_hidiff.patching import Forward, Patch
+from accel_hidiff.patching import Patch
 from accel_hidiff.regions import (
     DecoderRegion,
     Region,

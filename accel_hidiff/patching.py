@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -23,12 +22,20 @@ from accel_hidiff.clock import PipelineClock, StepPosition
 from accel_hidiff.config import TASKS, HiDiffusionConfig, check_choice, check_steps
 from accel_hidiff.errors import AccelHiDiffError, BadInput, NoPhase, NotAPipeline
 from accel_hidiff.families import Family, Layout, identify, skip_sizes
+from accel_hidiff.forwards import (
+    Forward,
+    dilated,
+    fit_residual,
+    pool_after,
+    require_parameters,
+    resize_after,
+    window_attention,
+    window_frame,
+)
 from accel_hidiff.schedule import INPAINTING_CHANNELS, PhasePlan, plan_latent, plan_pixels
 from accel_hidiff.shifts import check_shifts, window_shifts
 from accel_hidiff.undo import UndoLog, refuse_copy
-from accel_hidiff.windows import windowed_attention
 
-Forward = Callable[..., Any]
 RegionLayer = Callable[["Patch", UndoLog], None]
 UNetRunner = Callable[[UNetCall, Forward, Tensor, Any, Any, dict[str, Any]], Any]
 
@@ -73,8 +80,7 @@ class Patch:
         Raises:
             BadInput: a size or a step count that cannot be.
         """
-        arguments = height, width, num_inference_steps, self.config, self.task
-        return plan_pixels(self.family, self.layout, *arguments)
+        return plan_pixels(self.family, self.layout, height, width, num_inference_steps, self.config, self.task)
 
     @contextmanager
     def phase(self, step: int, num_steps: int, window_shifts: object = None) -> Iterator[None]:
@@ -129,18 +135,18 @@ class Patch:
         for path, transformer in self.windowed_transformers:
             blocks = transformer.transformer_blocks
             for index, block in enumerate(blocks):
-                forward = _window_attention(block.attn1.forward, self.scope, index)
+                forward = window_attention(block.attn1.forward, self.scope, index)
                 undo.replace(block.attn1, "forward", forward, f"window attention of {path}.{index}")
-            forward = _window_frame(transformer.forward, self.scope, first, len(blocks))
+            forward = window_frame(transformer.forward, self.scope, first, len(blocks))
             undo.replace(transformer, "forward", forward, f"window frame of {path}")
             first += len(blocks)
         if region_layer is not None:
             region_layer(self, undo)
-        for path, wrap in ((self.family.pool_after, _pool), (self.family.resize_after, _resize)):
+        for path, wrap in ((self.family.pool_after, pool_after), (self.family.resize_after, resize_after)):
             module = self.unet.get_submodule(path)
-            undo.replace(module, "forward", wrap(module.forward, self.scope), f"{wrap.__name__} after {path}")
+            undo.replace(module, "forward", wrap(module.forward, self.scope), f"{wrap.__name__} {path}")
         conv = self.unet.get_submodule(self.family.dilate).conv
-        undo.replace(conv, "forward", _dilated(conv, conv.forward, self.scope), f"dilation of {self.family.dilate}")
+        undo.replace(conv, "forward", dilated(conv, conv.forward, self.scope), f"dilation of {self.family.dilate}")
         undo.replace(self.unet, "num_upsamplers", _FORCE_UPSAMPLE_SIZE, "upsample size from the next skip")
         undo.replace(self.unet, "forward", self._unet_forward(self.unet.forward), "UNet call")
         if pipe is not None:
@@ -151,7 +157,7 @@ class Patch:
         undo.replace(self.unet, _PATCH, self, "patch record")
 
     def _unet_forward(self, inner: Forward) -> Forward:
-        _require(inner, ("sample", "timestep", "encoder_hidden_states"), "UNet")
+        require_parameters(inner, ("sample", "timestep", "encoder_hidden_states"), "UNet")
 
         def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             if args:
@@ -195,11 +201,11 @@ class Patch:
             return kwargs
         height, width = sample.shape[-2:]
         sizes = skip_sizes(self.layout, self.family, height, width, call.topology)
-        fitted = tuple(_fit(residual, size) for residual, size in zip(residuals, sizes, strict=True))
+        fitted = tuple(fit_residual(residual, size) for residual, size in zip(residuals, sizes, strict=True))
         return {
             **kwargs,
             "down_block_additional_residuals": fitted,
-            "mid_block_additional_residual": _fit(mid, sizes[-1]),
+            "mid_block_additional_residual": fit_residual(mid, sizes[-1]),
         }
 
     def _watch_request(self, inner: Forward) -> Forward:
@@ -329,96 +335,6 @@ def _windowed_transformers(unet: UNet2DConditionModel, family: Family) -> tuple[
         for level in family.windowed_levels
         for index, transformer in enumerate(unet.get_submodule(level).attentions)
     )
-
-
-def _require(forward: Forward, names: tuple[str, ...], what: str) -> None:
-    parameters = inspect.signature(forward).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    missing = [name for name in names if name not in parameters]
-    if missing and not open_ended:
-        raise AccelHiDiffError(
-            f"cannot patch {what}: expected its forward to take {', '.join(names)}; it lacks {', '.join(missing)}; "
-            "this release of diffusers is not supported"
-        )
-
-
-def _window_attention(inner: Forward, scope: CallScope, index: int) -> Forward:
-    _require(inner, ("hidden_states", "encoder_hidden_states", "attention_mask"), "attention")
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        call = scope.call
-        if call is None or call.window is None or kwargs.get("encoder_hidden_states") is not None:
-            return inner(hidden_states, *args, **kwargs)
-        if kwargs.get("attention_mask") is not None:
-            raise BadInput("window attention has no use for an attention_mask; call the UNet without one")
-        height, width, shifts = call.window
-        return windowed_attention(
-            lambda windows: inner(windows, *args, **kwargs), hidden_states, height, width, shifts[index]
-        )
-
-    return forward
-
-
-def _window_frame(inner: Forward, scope: CallScope, first: int, count: int) -> Forward:
-    _require(inner, ("hidden_states", "encoder_hidden_states", "return_dict"), "transformer")
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        call = scope.call
-        if call is None or not call.topology.windowed:
-            return inner(hidden_states, *args, **kwargs)
-        height, width = hidden_states.shape[-2:]
-        shifts = call.shifts_of(first, count)
-        assert shifts is not None, "a windowed call has shifts"
-        call.window = (height, width, shifts)
-        try:
-            return inner(hidden_states, *args, **kwargs)
-        finally:
-            call.window = None
-
-    return forward
-
-
-def _pool(inner: Forward, scope: CallScope) -> Forward:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        out = inner(*args, **kwargs)
-        call = scope.call
-        if call is None or not call.topology.pooled:
-            return out
-        call.before_pool = out[0].shape[-2:]
-        return _with_sample(out, F.avg_pool2d(out[0], kernel_size=2, stride=2, ceil_mode=True))
-
-    return forward
-
-
-def _resize(inner: Forward, scope: CallScope) -> Forward:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        out = inner(*args, **kwargs)
-        call = scope.call
-        if call is None or call.before_pool is None:
-            return out
-        return _with_sample(out, F.interpolate(out[0], size=call.before_pool, mode="bicubic", align_corners=False))
-
-    return forward
-
-
-def _with_sample(out: Any, sample: Tensor) -> Any:
-    return (sample,) if isinstance(out, tuple) else type(out)(sample=sample)
-
-
-def _dilated(conv: nn.Conv2d, inner: Forward, scope: CallScope) -> Forward:
-    def forward(hidden_states: Tensor) -> Any:
-        call = scope.call
-        if call is None or not call.topology.dilated:
-            return inner(hidden_states)
-        return F.conv2d(hidden_states, conv.weight, conv.bias, stride=4, padding=2, dilation=2, groups=conv.groups)
-
-    return forward
-
-
-def _fit(residual: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(residual.shape[-2:]) == tuple(size):
-        return residual
-    return F.interpolate(residual, size=size, mode="bicubic", align_corners=False)
 
 
 @lru_cache(maxsize=64)

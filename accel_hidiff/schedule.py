@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from accel_hidiff.config import TASKS, HiDiffusionConfig, check_choice, check_pixels, check_steps
 from accel_hidiff.errors import BadInput
@@ -131,17 +132,8 @@ def plan_latent(
     return PhasePlan(tuple(phases))
 
 
-def plan_pixels(
-    family: Family,
-    layout: Layout,
-    height: int,
-    width: int,
-    num_steps: int,
-    config: HiDiffusionConfig,
-    task: str = "text2img",
-) -> PhasePlan:
-    """The plan for an image size in pixels (multiples of 8)."""
+def plan_pixels(family: Family, layout: Layout, height: int, width: int, num_steps: int, *rest: Any) -> PhasePlan:
+    """`plan_latent` for an image size in pixels (multiples of 8); `rest` is its config and its task."""
     check_pixels(height, width)
-    return plan_latent(
-        family, layout, height // LATENT_CELL, width // LATENT_CELL, check_steps(num_steps), config, task
-    )
+    check_steps(num_steps)
+    return plan_latent(family, layout, height // LATENT_CELL, width // LATENT_CELL, num_steps, *rest)

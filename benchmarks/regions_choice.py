@@ -3,6 +3,9 @@
 On a model of SDXL's layout with fewer transformer blocks than the demo model, so that a whole-UNet graph compiles in
 minutes. Both choices compile for one size in processes of their own with empty caches (`compile_s` is the UNet's share;
 the VAE decoder, the same for both, is left out), then they are timed in turns with eager in one process.
+
+`--windowed-only` takes one topology in place of a request's three. With `--cache`, artifacts that the cache holds are
+found and not compiled: `unet_compiled` says how many were, and `compile_s` is a cold figure only if all of them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +31,20 @@ REDUCED = DemoModelConfig(transformer_layers=(1, 1, 2))
 CHOICES = ("blocks", "whole")
 
 
-def make_handle(regions: str, tiny: bool, cache: str, on_miss: str = "compile") -> ah.Handle:
+def hidiffusion(windowed_only: bool) -> ah.HiDiffusionConfig:
+    """All three topologies of a request, or one."""
+    return ah.HiDiffusionConfig(pooled=False, dilated=False) if windowed_only else ah.HiDiffusionConfig()
+
+
+def make_handle(config: Mapping[str, Any], on_miss: str = "compile") -> ah.Handle:
     """An accelerated reduced pipeline."""
-    pipe = h.demo_pipeline(tiny, REDUCED)
-    config = ah.HiDiffusionConfig()
-    return ah.accelerate(pipe, hidiffusion=config, cache=CompileCache(cache), regions=regions, on_miss=on_miss)
+    return ah.accelerate(
+        h.demo_pipeline(config["tiny"], REDUCED),
+        hidiffusion=hidiffusion(config["windowed_only"]),
+        cache=CompileCache(config["cache"]),
+        regions=config["regions"],
+        on_miss=on_miss,
+    )
 
 
 def compile_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,12 +52,16 @@ def compile_worker(config: dict[str, Any]) -> dict[str, Any]:
     seconds: Counter[str] = Counter()
     cpu: Counter[str] = Counter()
 
+    compiled: list[str] = []
+
     def progress(event: PrecompileEvent) -> None:
+        if event.state == "compiled":
+            compiled.append(event.region)
         seconds[event.region] += event.seconds
         cpu[event.region] += h.cpu_seconds() * (-1 if event.state == "compiling" else 1)
 
     width, height = config["size"]
-    made = make_handle(config["regions"], config["tiny"], config["cache"]).precompile(
+    made = make_handle(config).precompile(
         [(height, width)],
         h.NUM_STEPS,
         batch_sizes=(h.GUIDANCE_BATCH,),
@@ -53,6 +70,7 @@ def compile_worker(config: dict[str, Any]) -> dict[str, Any]:
     decoder, _ = seconds.pop("vae.decoder"), cpu.pop("vae.decoder")
     return {
         "unet_artifacts": made.artifacts - 1,
+        "unet_compiled": sum(region != "vae.decoder" for region in compiled),
         "compile_s": seconds.total(),
         "compile_cpu_s": cpu.total(),
         "decoder_s": decoder,
@@ -64,20 +82,33 @@ def main() -> None:
     if (config := h.worker_config()) is not None:
         print(json.dumps(compile_worker(config)))
         return
-    options = h.parsed(h.arguments(__doc__))
+    parser = h.arguments(__doc__)
+    parser.add_argument("--cache", type=Path, help="compile cache to use and fill; default: temporary ones")
+    parser.add_argument("--windowed-only", action="store_true", help="one topology: a shorter run")
+    options = h.parsed(parser)
     sizes = h.sizes_of(options)
     report = h.Report(options.out, options.tiny)
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        caches = {regions: str(Path(directory) / regions / "cache") for regions in CHOICES}
-        for regions, cache in caches.items():
-            empty = {"TORCHINDUCTOR_CACHE_DIR": str(Path(directory) / regions / "inductor")}
-            config = {"regions": regions, "tiny": options.tiny, "cache": cache, "size": sizes[0]}
+        place = Path(directory)
+        configs = {
+            regions: {
+                "regions": regions,
+                "tiny": options.tiny,
+                "windowed_only": options.windowed_only,
+                "cache": str((options.cache or place / regions / "cache").resolve()),
+                "size": sizes[0],
+            }
+            for regions in CHOICES
+        }
+        for regions, config in configs.items():
+            empty = {"TORCHINDUCTOR_CACHE_DIR": str(place / regions / "inductor")}
             made = h.worker("benchmarks.regions_choice", config, empty)
             rows = {name: h.rounded(value) if isinstance(value, float) else value for name, value in made.items()}
             report.add(regions=regions, size=str(sizes[0]), **rows)
-        patches = {"eager": ah.apply_hidiffusion(h.demo_pipeline(options.tiny, REDUCED))}
-        for regions, cache in caches.items():
-            patches[regions] = make_handle(regions, options.tiny, cache, on_miss="error").patch
+        pipe = h.demo_pipeline(options.tiny, REDUCED)
+        patches = {"eager": ah.apply_hidiffusion(pipe, config=hidiffusion(options.windowed_only))}
+        for regions, config in configs.items():
+            patches[regions] = make_handle(config, on_miss="error").patch
         for size in sizes:
             inputs = h.unet_inputs(patches["eager"].unet, size)
             for topology, step in h.topology_steps(patches["eager"], size).items():

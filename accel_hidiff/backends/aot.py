@@ -35,7 +35,7 @@ OPTIONS: dict[str, bool | int | str] = {
     "cpp.dynamic_threads": True,  # else the compiling machine's thread count is baked into the code
 }
 _PACKAGE = "package.pt2"
-_GRAPH_SOURCES = ("regions.py", "windows.py", "patching.py", "call.py", "backends/aot.py")
+_GRAPH_SOURCES = ("regions.py", "windows.py", "forwards.py", "patching.py", "call.py", "backends/aot.py")
 
 
 class AOTBackend:

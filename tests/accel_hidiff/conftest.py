@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,6 @@ from accel_hidiff.demo import build_pipeline, tiny_config
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 STEPS = 7  # the smallest number of steps with all of SDXL's phases: [0, 1) dilated, [1, 2) pooled, [2, 7) windowed only
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny models are fastest on one thread, and then do not disturb each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -22,14 +22,14 @@ def eager(make_pipe: Any) -> Any:
     return pipe
 
 
-def test_whole_unet_regions_equal_eager_at_two_sizes(make_pipe: Any, eager: Any, tmp_path: Path) -> None:
-    config = ah.HiDiffusionConfig()
-    handle = ah.accelerate(make_pipe(), hidiffusion=config, cache=tmp_path / "cache", regions="whole")
-    for size in ((128, 192), (256, 128)):
-        got = request(handle.pipe, *size, num_inference_steps=ONE_TOPOLOGY)
-        want = request(eager, *size, num_inference_steps=ONE_TOPOLOGY)
-        assert relative_difference(got, want) < 5e-3
-    assert handle.stats.compiles == 1 and handle.stats.hits == 2 * ONE_TOPOLOGY
+def test_a_whole_unet_region_equals_eager(make_pipe: Any, eager: Any, tmp_path: Path) -> None:
+    """One size, exact: a symbolic whole UNet takes many times as long to compile."""
+    config, cache = ah.HiDiffusionConfig(), tmp_path / "cache"
+    handle = ah.accelerate(make_pipe(), hidiffusion=config, cache=cache, regions="whole", shapes="exact")
+    got = request(handle.pipe, 128, 192, num_inference_steps=ONE_TOPOLOGY)
+    want = request(eager, 128, 192, num_inference_steps=ONE_TOPOLOGY)
+    assert relative_difference(got, want) < 5e-3
+    assert handle.stats.compiles == 1 and handle.stats.hits == ONE_TOPOLOGY
 
 
 def test_odd_feature_maps_take_exact_graphs(make_pipe: Any, eager: Any, own_cache: Path) -> None:
