@@ -82,12 +82,7 @@ def precompile(
     """Compile every graph that requests of these sizes need. Can be stopped and started again."""
     sizes = [parse_size(text) for text in size]
     check_steps(steps)
-    from accel_hidiff.models import check_model
-
-    check_model(model)
-    store = CompileCache(cache)
-    store.require_writable()
-    handle = _accelerate(model, dtype, device, cache=store, regions=regions, shapes=shapes)
+    handle = _accelerate(model, dtype, device, cache=CompileCache(cache), regions=regions, shapes=shapes)
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),

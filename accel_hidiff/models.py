@@ -28,7 +28,12 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
         NotAPipeline: there is no such model, or it is no pipeline with a UNet.
         BadInput: the dtype or the device cannot be used here.
     """
-    check_model(model)
+    folder = Path(model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        found = "a file" if folder.is_file() else "a folder without one"
+        raise NotAPipeline(f"model: expected a diffusers folder with model_index.json, got {found}: {model}")
+    if not folder.exists() and not _HUB_ID.fullmatch(model):
+        raise NotAPipeline(f"model: expected a diffusers folder or a hub id, got {model!r} (no such folder)")
     target = check_device(device)
     chosen = check_choice("dtype", dtype, DTYPES) if dtype else ("float16" if target.type == "cuda" else "float32")
 
@@ -41,18 +46,6 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
         raise NotAPipeline(f"model: expected a diffusers pipeline, {model} cannot be loaded: {line}") from problem
     find_unet(pipe)
     return pipe.to(target)
-
-
-def check_model(model: str) -> None:
-    """Looks whether this can be a model, without loading it; NotAPipeline if not."""
-    folder = Path(model)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        found = "a file" if folder.is_file() else "a folder without one"
-        raise NotAPipeline(f"model: expected a diffusers folder with model_index.json, got {found}: {model}")
-    if not folder.exists() and not _HUB_ID.fullmatch(model):
-        raise NotAPipeline(
-            f"model: expected a diffusers folder or a hub id (owner/name), got {model!r}: no such folder"
-        )
 
 
 def check_device(device: str | None) -> torch.device:

@@ -7,7 +7,8 @@ decoder are loaded and bound; the UNet's own forward is a stand-in meanwhile (`h
 time is in it. Importing torch and diffusers and building the model cost the same with and without this package; they
 are reported beside. `_cpu_s` is processor time, compilers included.
 
-`--size` runs one scenario, over the sizes that it names: two shorter runs in place of a long one.
+`--size` runs one scenario, over the sizes that it names: two shorter runs in place of a long one. `--cache` takes a
+cache that an earlier run filled: only loads are measured.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ def load_worker(config: dict[str, Any]) -> dict[str, Any]:
     pipe.unet.forward = h.TrivialUNet()
     sizes = [h.Size(*size) for size in config["sizes"]]
     inputs = [h.unet_inputs(pipe.unet, size) for size in sizes]
-    latent = torch.zeros(1, 4, 8, 8)
     built, cpu = time.perf_counter(), h.cpu_seconds()
     cache = CompileCache(config["cache"])
     handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=cache, on_miss="error")
@@ -69,7 +69,8 @@ def load_worker(config: dict[str, Any]) -> dict[str, Any]:
             for step in h.topology_steps(handle.patch, size).values():
                 with handle.patch.phase(step=step, num_steps=h.NUM_STEPS):
                     given.call(pipe.unet)
-        pipe.vae.decoder(latent)
+        decoders = [handle._decoder_graph(size.height, size.width, 1) for size in sizes]
+        handle._dispatcher.binder.bind_all(decoders, compile_missing=False)  # without decoding anything
     bound = time.perf_counter()
     stats = handle.stats
     if stats.compiles or stats.eager_calls or not stats.bindings:
@@ -89,7 +90,9 @@ def main() -> None:
         run = {"compile": compile_worker, "load": load_worker}[config["scenario"]]
         print(json.dumps(run(config)))
         return
-    options = h.parsed(h.arguments(__doc__))
+    parser = h.arguments(__doc__)
+    parser.add_argument("--cache", type=Path, help="a filled compile cache: measures loads only")
+    options = h.parsed(parser)
     sizes = h.sizes_of(options)
     report = h.Report(options.out, options.tiny)
     scenarios = (sizes,) if options.size else (sizes[:1], sizes)
@@ -97,28 +100,29 @@ def main() -> None:
         colds = []
         for number, chosen in enumerate(scenarios):
             place = Path(directory) / str(number)
-            common = {"tiny": options.tiny, "sizes": chosen, "cache": str(place / "cache")}
+            cache = options.cache or place / "cache"
+            common = {"tiny": options.tiny, "threads": options.threads, "sizes": chosen, "cache": str(cache.resolve())}
             empty = {"TORCHINDUCTOR_CACHE_DIR": str(place / "inductor")}
-            cold = h.worker("benchmarks.cold_start", {"scenario": "compile", **common}, empty)
+            fields: dict[str, Any] = {"sizes": [str(size) for size in chosen]}
+            if options.cache is None:
+                cold = h.worker("benchmarks.cold_start", {"scenario": "compile", **common}, empty)
+                colds.append(cold)
+                fields |= h.rounded_row(cold)
+                fields["decoder_share_ratio"] = h.rounded(cold["decoder_s"] / cold["compile_s"], 3)
             loads = [h.worker("benchmarks.cold_start", {"scenario": "load", **common}, empty) for _ in range(LOADS)]
-            load = {name: h.median_of(loads, name) for name in loads[0]}
+            fields |= {name: h.median_of(loads, name) for name in loads[0]}
+            fields["load_slowest_s"] = h.rounded(max(row["load_s"] for row in loads))
+            if options.cache is None:
+                fields["compile_over_load_ratio"] = h.rounded(cold["compile_s"] / fields["load_s"], 3)
+                fields["compile_over_load_cpu_ratio"] = h.rounded(cold["compile_cpu_s"] / fields["load_cpu_s"], 3)
+            report.add(**fields)
+        if len(colds) == 2:
+            one, more = colds
             report.add(
-                sizes=[str(size) for size in chosen],
-                **{name: h.rounded(value) if isinstance(value, float) else value for name, value in cold.items()},
-                decoder_share_ratio=h.rounded(cold["decoder_s"] / cold["compile_s"], 3),
-                **load,
-                load_slowest_s=h.rounded(max(row["load_s"] for row in loads)),
-                compile_over_load_ratio=h.rounded(cold["compile_s"] / load["load_s"], 3),
-                compile_over_load_cpu_ratio=h.rounded(cold["compile_cpu_s"] / load["load_cpu_s"], 3),
+                sizes=f"{len(sizes)} over 1",
+                compile_ratio=h.rounded(more["compile_s"] / one["compile_s"], 3),
+                compile_cpu_ratio=h.rounded(more["compile_cpu_s"] / one["compile_cpu_s"], 3),
             )
-            colds.append(cold)
-    if len(colds) == 2:
-        one, more = colds
-        report.add(
-            sizes=f"{len(sizes)} over 1",
-            compile_ratio=h.rounded(more["compile_s"] / one["compile_s"], 3),
-            compile_cpu_ratio=h.rounded(more["compile_cpu_s"] / one["compile_cpu_s"], 3),
-        )
 
 
 if __name__ == "__main__":

@@ -163,8 +163,13 @@ class Bench:
     def __init__(self, report: h.Report, tiny: bool, sizes: tuple[h.Size, ...], repeats: int, clock: Clock) -> None:
         self.report, self.tiny, self.sizes, self.repeats, self.clock = report, tiny, sizes, repeats, clock
         self.ceiling_tflops = float("nan")
-        self.unet = make_unet(tiny)
+
+    def build(self) -> None:
+        """The weights, and the UNet that runs eager."""
+        self.unet = make_unet(self.tiny)
         self.eager = ah.apply_hidiffusion(pipeline_of(twin(self.unet)))
+        weights = sum(parameter.nbytes for parameter in self.unet.parameters())
+        self.report.add(stage="build", unet_weights_mb=h.rounded(weights / 1e6), dtype=str(self.unet.dtype))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -280,6 +285,8 @@ def main() -> None:
         bench = Bench(report, options.tiny, sizes, options.repeats, Clock(options.minutes))
         with bench.stage("ceiling"):
             bench.ceiling()
+        with bench.stage("build"):
+            bench.build()
         with bench.stage("precompile"):
             bench.precompile(cache, sizes, "symbolic", "precompile")
         with bench.stage("load"):
@@ -292,12 +299,7 @@ def main() -> None:
             bench.precompile(cache, sizes[:1], "exact", "precompile_exact")
             bench.compare(cache, sizes[:1], "exact", "exact", "exact")
         if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated() / 1e6
-            report.add(stage="memory", peak_mb=h.rounded(peak), unet_weights_mb=h.rounded(_weights_mb(bench.unet)))
-
-
-def _weights_mb(unet: UNet2DConditionModel) -> float:
-    return sum(parameter.nbytes for parameter in unet.parameters()) / 1e6
+            report.add(stage="memory", peak_mb=h.rounded(torch.cuda.max_memory_allocated() / 1e6))
 
 
 if __name__ == "__main__":

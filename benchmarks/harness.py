@@ -258,19 +258,29 @@ def rounded(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
+def rounded_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same record with its floats rounded."""
+    return {name: rounded(value) if isinstance(value, float) else value for name, value in row.items()}
+
+
 # Subprocesses
 
 
-def worker(module: str, config: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def worker(
+    module: str,
+    config: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    limit_s: float | None = None,
+) -> dict[str, Any]:
     """Runs `python -m MODULE --worker JSON` in a process of its own and returns the JSON line that it prints last.
 
     Raises:
         RuntimeError: the process failed; the message ends with what it wrote to stderr.
+        subprocess.TimeoutExpired: it took longer than `limit_s` seconds and was killed.
     """
     command = [sys.executable, "-m", module, "--worker", json.dumps(dict(config))]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
-    )
+    full = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, cwd=ROOT, env=full, capture_output=True, text=True, check=False, timeout=limit_s)
     if done.returncode:
         raise RuntimeError(f"{module} {dict(config)} failed with {done.returncode}: ...{done.stderr[-2000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -11,6 +11,7 @@ found and not compiled: `unet_compiled` says how many were, and `compile_s` is a
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -85,6 +86,7 @@ def main() -> None:
     parser = h.arguments(__doc__)
     parser.add_argument("--cache", type=Path, help="compile cache to use and fill; default: temporary ones")
     parser.add_argument("--windowed-only", action="store_true", help="one topology: a shorter run")
+    parser.add_argument("--limit-s", type=float, default=1200.0, help="give up on a choice that compiles for longer")
     options = h.parsed(parser)
     sizes = h.sizes_of(options)
     report = h.Report(options.out, options.tiny)
@@ -100,29 +102,38 @@ def main() -> None:
             }
             for regions in CHOICES
         }
+        choices: list[str] = []
         for regions, config in configs.items():
             empty = {"TORCHINDUCTOR_CACHE_DIR": str(place / regions / "inductor")}
-            made = h.worker("benchmarks.regions_choice", config, empty)
-            rows = {name: h.rounded(value) if isinstance(value, float) else value for name, value in made.items()}
-            report.add(regions=regions, size=str(sizes[0]), **rows)
+            cpu = h.cpu_seconds()
+            try:
+                made = h.worker("benchmarks.regions_choice", config, empty, options.limit_s)
+            except subprocess.TimeoutExpired:
+                used = h.rounded(h.cpu_seconds() - cpu)
+                failed = f"not compiled after {options.limit_s:g} s"
+                report.add(regions=regions, size=str(sizes[0]), failed=failed, used_cpu_s=used)
+                continue
+            choices.append(regions)
+            report.add(regions=regions, size=str(sizes[0]), **h.rounded_row(made))
         pipe = h.demo_pipeline(options.tiny, REDUCED)
         patches = {"eager": ah.apply_hidiffusion(pipe, config=hidiffusion(options.windowed_only))}
-        for regions, config in configs.items():
-            patches[regions] = make_handle(config, on_miss="error").patch
+        for regions in choices:
+            patches[regions] = make_handle(configs[regions], on_miss="error").patch
         for size in sizes:
             inputs = h.unet_inputs(patches["eager"].unet, size)
             for topology, step in h.topology_steps(patches["eager"], size).items():
                 runs = {name: partial(call, patch, inputs, step) for name, patch in patches.items()}
                 want = runs["eager"]()
-                errors = {regions: h.verify(regions, runs[regions](), want) for regions in CHOICES}
+                errors = {regions: h.verify(regions, runs[regions](), want) for regions in choices}
                 times = h.interleave(runs, options.repeats)
                 fields: dict[str, Any] = {"size": str(size), "topology": str(topology), "batch": h.GUIDANCE_BATCH}
                 for name, timing in times.items():
                     fields |= timing.fields(name)
-                for regions in CHOICES:
+                for regions in choices:
                     fields |= times[regions].ratios(f"{regions}_over_eager", times["eager"])
                     fields[f"{regions}_error"] = h.rounded(errors[regions], 2)
-                fields |= times["whole"].ratios("whole_over_blocks", times["blocks"])
+                if len(choices) == len(CHOICES):
+                    fields |= times["whole"].ratios("whole_over_blocks", times["blocks"])
                 report.add(**fields)
 
 

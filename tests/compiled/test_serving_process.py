@@ -60,6 +60,7 @@ def test_zero_compilations_across_phases_sizes_batches_and_guidance(
         **os.environ,
         "PATH": str(nothing),  # no g++
         "HOME": str(home),
+        "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
         "PYTHONPATH": str(Path(ah.__file__).parents[1]),
     }
