@@ -75,7 +75,7 @@ class Binder:
         constraints cover them, in an exact one otherwise."""
         traits = region.traits(topology)
         for shapes in dict.fromkeys((self.shapes, "exact")):
-            bucket = bucket_of(region, traits, sizes, shapes)
+            bucket = bucket_of(region, traits, sizes, shapes, self.backend.smallest_symbolic)
             graph = RegionGraph(region, traits, bucket, example_sizes(bucket, sizes), dtype, device)
             entry = self.entry(self.key(graph))
             if entry is None or isinstance(judge_sizes(region.path, self.backend.served(entry), sizes), Accept):

@@ -49,13 +49,14 @@ class UNetCall:
 class CallScope(threading.local):
     """Where patches find the call that they are in: `scope.call`, None outside of a call."""
 
-    call: UNetCall | None = None
+    def __init__(self) -> None:
+        self.call: UNetCall | None = None  # an attribute of the instance: Dynamo guards on where it finds it
 
     @contextmanager
-    def opened(self, call: UNetCall) -> Iterator[UNetCall]:
+    def opened(self, call: UNetCall | None) -> Iterator[None]:
         """Makes `call` the current one for this thread; restores the outer one, also when the body raises."""
         outer, self.call = self.call, call
         try:
-            yield call
+            yield
         finally:
             self.call = outer

@@ -106,18 +106,26 @@ class Dispatcher:
         undo.replace(vae.decoder, "forward", self._decoder_forward(region), "region vae.decoder")
         region.own_forwards = undo.function_ids()
 
-    @staticmethod
-    def _region_forward(region: Region, patch: Patch) -> Forward:
+    def _region_forward(self, region: Region, patch: Patch) -> Forward:
         scope, path, inner = patch.scope, region.path, region.inner
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = scope.call
             compiled = call.regions.get(path) if call is not None else None
-            if compiled is None or compiled.shape != args[0].shape:  # type: ignore[attr-defined]
+            if compiled is None:
+                return inner(*args, **kwargs)
+            if compiled.shape != args[0].shape:  # type: ignore[attr-defined]
+                self._unplanned(path, compiled.shape, args[0].shape)  # type: ignore[attr-defined]
                 return inner(*args, **kwargs)
             return region.forward_with(compiled, call, *args, **kwargs)
 
         return forward
+
+    def _unplanned(self, path: str, planned: torch.Size, shape: torch.Size) -> None:
+        """Something changed feature sizes inside of the UNet: the region runs eager, or the call is refused."""
+        reason = f"{path}: the plan gives it inputs of shape {tuple(planned)}, it got {tuple(shape)}"
+        self._refused(reason)
+        self.binder.stats.rejected[reason] += 1
 
     # Hot path
 

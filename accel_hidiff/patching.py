@@ -115,6 +115,10 @@ class Patch:
         """Ids of the forwards that this patch installed."""
         return self._undo.function_ids()
 
+    def check_removable(self) -> None:
+        """PatchConflict if somebody else replaced a patched attribute since."""
+        self._undo.check()
+
     def remove(self) -> None:
         """Takes every patch off again, in reverse order; afterwards the model is what it was before.
 

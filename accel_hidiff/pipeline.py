@@ -173,8 +173,9 @@ class Handle:
         """Takes everything off; the pipeline is then bit for bit what it was. Returns the pipeline.
 
         Raises:
-            PatchConflict: something else replaced a patched attribute since.
+            PatchConflict: something else replaced a patched attribute since; nothing is removed then.
         """
+        self.patch.check_removable()
         self._undo.undo()
         self.patch.remove()
         return self.pipe

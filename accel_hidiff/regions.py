@@ -51,6 +51,7 @@ class Region:
         self.path = path
         self.module: Any = module
         self.inner = inner
+        self.scope: CallScope | None = None  # where the region's forwards look for their call, if they do
         self.own_forwards: frozenset[int] = frozenset()
 
     @cached_property
@@ -151,7 +152,7 @@ class TransformerRegion(Region):
         self, path: str, module: nn.Module, inner: Forward, scope: CallScope, window_index: int | None
     ) -> None:
         super().__init__(path, module, inner)
-        self._scope = scope
+        self.scope = scope
         self._window_index = window_index  # number of its first windowed block among all, None: never windowed
         self._blocks = len(self.module.transformer_blocks)
 
@@ -174,11 +175,12 @@ class TransformerRegion(Region):
         return (image, text, torch.arange(self._blocks, device=device) % 4) if traits["windowed"] else (image, text)
 
     def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
-        topology = Topology(windowed=traits["windowed"])
+        topology, scope = Topology(windowed=traits["windowed"]), self.scope
         first = self._window_index or 0
+        assert scope is not None
 
         def function(image: Tensor, text: Tensor, shifts: Tensor | None = None) -> Tensor:
-            with self._scope.opened(UNetCall(topology, shifts, first_shift=first)):
+            with scope.opened(UNetCall(topology, shifts, first_shift=first)):
                 out: Tensor = self.inner(image, encoder_hidden_states=text, return_dict=False)[0]
             return out
 
@@ -226,7 +228,7 @@ class UNetRegion(Region):
 
     def __init__(self, path: str, module: UNet2DConditionModel, inner: Forward, scope: CallScope, shifts: int) -> None:
         super().__init__(path, module, inner)
-        self._scope = scope
+        self.scope = scope
         self._shifts = shifts
 
     @property
@@ -262,13 +264,14 @@ class UNetRegion(Region):
         )
 
     def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
-        topology = Topology.parse(traits["topology"])
+        topology, scope = Topology.parse(traits["topology"]), self.scope
+        assert scope is not None
 
         def function(
             sample: Tensor, timestep: Tensor, text: Tensor, text_embeds: Tensor, time_ids: Tensor, shifts: Tensor
         ) -> Tensor:
             added = {"text_embeds": text_embeds, "time_ids": time_ids}
-            with self._scope.opened(UNetCall(topology, shifts)):
+            with scope.opened(UNetCall(topology, shifts)):
                 out: Tensor = self.inner(sample, timestep, text, added_cond_kwargs=added, return_dict=False)[0]
             return out
 
@@ -329,14 +332,16 @@ class RegionGraph:
         return self.region.example(self.traits, self.example_sizes, self.dtype, self.device)
 
 
-def bucket_of(region: Region, traits: Mapping[str, Any], sizes: Sizes, shapes: str) -> ShapeBucket:
+def bucket_of(region: Region, traits: Mapping[str, Any], sizes: Sizes, shapes: str, smallest: int = 1) -> ShapeBucket:
     """The one bucket that a call falls into.
 
     Args:
+        smallest: the smallest size that the compiler keeps symbolic; below, sizes are exact.
         shapes: "symbolic": each dimension takes its widest range where its size is inside, its exact size elsewhere
             (odd feature maps under window attention); "exact": every dimension exact.
     """
-    ranges = region.ranges(traits) if shapes == "symbolic" else {}
+    widest = region.ranges(traits) if shapes == "symbolic" else {}
+    ranges = {name: Range(max(r.minimum, smallest), r.maximum, r.multiple) for name, r in widest.items()}
     return ShapeBucket(
         {
             name: ranges[name] if name in ranges and ranges[name].reject(size) is None else Range.exactly(size)

@@ -59,18 +59,22 @@ class UndoLog:
         Raises:
             PatchConflict: somebody replaced one of the attributes since; nothing is undone then.
         """
-        for entry in self._log:
-            if self._current(entry) is not self._last_ours(entry):
-                raise PatchConflict(
-                    f"cannot remove {entry.label}: {type(entry.owner).__name__}.{entry.attribute} was replaced by "
-                    "something else since; undo that first, then remove again"
-                )
+        self.check()
         while self._log:
             entry = self._log.pop()
             if entry.previous is _ABSENT:
                 del vars(entry.owner)[entry.attribute]
             else:
                 vars(entry.owner)[entry.attribute] = entry.previous
+
+    def check(self) -> None:
+        """PatchConflict if `undo` would destroy what somebody else put in place since."""
+        for entry in self._log:
+            if self._current(entry) is not self._last_ours(entry):
+                raise PatchConflict(
+                    f"cannot remove {entry.label}: {type(entry.owner).__name__}.{entry.attribute} was replaced by "
+                    "something else since; undo that first, then remove again"
+                )
 
     def _current(self, entry: _Replacement) -> Any:
         return vars(entry.owner).get(entry.attribute, _ABSENT)

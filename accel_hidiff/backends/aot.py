@@ -42,6 +42,7 @@ class AOTBackend:
     """Export with `torch.export`, compile with AOTInductor, load without a compiler."""
 
     name = "aot"
+    smallest_symbolic = 1
     persistent = True
 
     def factors(self, device: torch.device) -> Mapping[str, Any]:
@@ -63,6 +64,7 @@ class AOTBackend:
             nonlocal compiled
             compiled = True
             _compile(graph, program, directory / _PACKAGE)
+            _try_load(graph, directory / _PACKAGE)
             return {"region": graph.region.kind, "serves": served.to_json(), "inputs": inputs}
 
         entry = cache.link(action, cache.get_or_build(content, build))
@@ -74,7 +76,13 @@ class AOTBackend:
 
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         assert entry is not None, "a persistent backend binds a cache entry"
-        package = _load(_unpacked(entry), graph.device)
+        try:
+            package = _load(_unpacked(entry), graph.device)
+        except RuntimeError as problem:
+            raise CompileFailed(
+                f"{graph.region.path}: expected artifact {entry.digest[:12]} to load, got: "
+                f"{str(problem).strip().splitlines()[0]}; delete it from the cache and compile again"
+            ) from problem
         module = graph.region.graph_module(graph.traits)
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         names = package.get_constant_fqns()
@@ -221,6 +229,19 @@ def _compile(graph: RegionGraph, program: torch.export.ExportedProgram, path: Pa
         raise CompileFailed(
             f"{graph.region.path}: AOTInductor failed: {type(problem).__name__}: {lines[0] if lines else ''}; "
             "`accel-hidiff doctor` tells whether a compiler is usable here"
+        ) from problem
+
+
+def _try_load(graph: RegionGraph, path: Path) -> None:
+    """A package that does not load is not stored. Processes that compile one graph at once share Inductor's own files,
+    and can leave a package with half-written ones."""
+    try:
+        _load(path, graph.device)
+    except RuntimeError as problem:
+        raise CompileFailed(
+            f"{graph.region.path}: expected a package that loads, got one that does not: "
+            f"{str(problem).strip().splitlines()[0]}; nothing was stored: compile again, alone or with another "
+            "TORCHINDUCTOR_CACHE_DIR"
         ) from problem
 
 

@@ -44,6 +44,9 @@ class Backend(Protocol):
     persistent: bool
     """True: `prepare` stores artifacts in the compile cache and `bind` needs one; False: `bind` compiles by itself."""
 
+    smallest_symbolic: int
+    """The smallest size that stays symbolic in a compiled graph."""
+
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         """Everything that an artifact depends on besides its region: environment, versions, every compile option."""
 

@@ -17,6 +17,7 @@ class EagerBackend:
     """Runs every region eager; guard, phases and dispatch stay the same, for comparison."""
 
     name = "eager"
+    smallest_symbolic = 1
     persistent = False
 
     def factors(self, device: torch.device) -> Mapping[str, Any]:

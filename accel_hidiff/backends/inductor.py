@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class InductorBackend:
     """
 
     name = "inductor"
+    smallest_symbolic = 2  # Dynamo takes 0 and 1 for constants
     persistent = False
 
     def factors(self, device: torch.device) -> Mapping[str, Any]:
@@ -37,12 +39,19 @@ class InductorBackend:
         """Compiles the graph now, at its example sizes, so that no request pays for it."""
         module = graph.region.graph_module(graph.traits)
         compiled: Any = torch.compile(_own_code(module), dynamic=None if _all_exact(graph) else True)
+        scope = graph.region.scope
+
+        def run(*tensors: torch.Tensor) -> torch.Tensor:
+            with nullcontext() if scope is None else scope.opened(None):  # what surrounds the call is no guard
+                out: torch.Tensor = compiled(*tensors)
+            return out
+
         try:
             with torch.no_grad():
-                compiled(*graph.example())
+                run(*graph.example())
         except Exception as problem:
             raise CompileFailed(f"{graph.region.path}: torch.compile failed: {_first_line(problem)}") from problem
-        return BoundRegion(compiled, graph.bucket)
+        return BoundRegion(run, graph.bucket)
 
 
 def _all_exact(graph: RegionGraph) -> bool:

@@ -328,3 +328,23 @@ def test_a_copied_cache_serves(make_pipe: Any, own_cache: Path) -> None:
     handle = accelerate_strict(make_pipe(), own_cache)
     request(handle.pipe)
     assert handle.stats.hits == STEPS
+
+
+def test_a_feature_size_that_the_plan_does_not_know_is_refused(strict: Any) -> None:
+    """Whoever changes sizes inside of the UNet must not feed a compiled region with what it was not bound for."""
+    block = strict.pipe.unet.down_blocks[0]
+    original = block.downsamplers[0].forward
+    block.downsamplers[0].forward = lambda hidden: original(hidden)[..., :-2]
+    with pytest.raises(ah.GraphMiss, match="the plan gives it inputs of shape"):
+        request(strict.pipe)
+    del block.downsamplers[0].forward
+
+
+def test_remove_refuses_as_a_whole_when_somebody_else_wrapped_a_forward(strict: Any) -> None:
+    block = strict.pipe.unet.mid_block.resnets[0]
+    ours = block.forward
+    block.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(ah.PatchConflict):
+        strict.remove()
+    assert "forward" in vars(strict.pipe.vae.decoder)
+    block.forward = ours
