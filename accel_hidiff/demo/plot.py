@@ -37,6 +37,7 @@ def plot_steps(rows: list[dict[str, Any]], path: Path) -> None:
                 panel.axvline(start - 0.5, color="#bbbbbb", linewidth=0.8, zorder=0)
         panel.set_title(f"{row['width']}x{row['height']}")
         panel.set_xlabel("step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylim(bottom=0)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("milliseconds per step")
