@@ -44,6 +44,7 @@ def make_handle(config: Mapping[str, Any], on_miss: str = "compile") -> ah.Handl
         hidiffusion=hidiffusion(config["windowed_only"]),
         cache=CompileCache(config["cache"]),
         regions=config["regions"],
+        shapes=config["shapes"],
         on_miss=on_miss,
     )
 
@@ -86,6 +87,7 @@ def main() -> None:
     parser = h.arguments(__doc__)
     parser.add_argument("--cache", type=Path, help="compile cache to use and fill; default: temporary ones")
     parser.add_argument("--windowed-only", action="store_true", help="one topology: a shorter run")
+    parser.add_argument("--exact", action="store_true", help='the whole UNet with shapes="exact"; blocks stay symbolic')
     parser.add_argument("--limit-s", type=float, default=1200.0, help="give up on a choice that compiles for longer")
     options = h.parsed(parser)
     sizes = h.sizes_of(options)
@@ -95,6 +97,7 @@ def main() -> None:
         configs = {
             regions: {
                 "regions": regions,
+                "shapes": "exact" if options.exact and regions == "whole" else "symbolic",
                 "tiny": options.tiny,
                 "windowed_only": options.windowed_only,
                 "cache": str((options.cache or place / regions / "cache").resolve()),
