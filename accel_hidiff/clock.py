@@ -28,7 +28,9 @@ class PipelineClock:
 
     Where a request starts in the schedule (image-to-image drops steps at the start) is the index of its first call;
     how long it is, the pipeline's own `num_timesteps`. Whoever else runs the UNet over the scheduler's timesteps, a
-    loop written by hand or another pipeline on the same components, runs all of them from `begin_index` on.
+    loop written by hand or another pipeline on the same components, runs all of them from its first call on.
+
+    Steps are logical: the calls that a second-order scheduler makes for one of them are one step (`logical_step`).
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -41,14 +43,17 @@ class PipelineClock:
         Args:
             seed: of the request's generator, None where it has no single one.
         """
-        self._request.timesteps = self._timesteps()
-        self._request.first = None
-        self._request.seed = seed
+        self._request.begin(self._timesteps(), seed, own=True)
 
     @property
     def seed(self) -> int | None:
         """The seed of the running request; None where it has none, or is not one of this pipeline."""
         return self._request.seed if self._request.timesteps is self._timesteps() else None
+
+    @property
+    def request_number(self) -> int:
+        """Changes whenever a request begins on this thread, this pipeline's or another's."""
+        return self._request.number
 
     def _timesteps(self) -> Any:
         return getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
@@ -70,14 +75,14 @@ class PipelineClock:
         if index is None:
             index = self._index_by_value(timestep, timesteps, pipe.scheduler)
         request = self._request
-        if request.timesteps is timesteps and index >= (request.first or 0):
-            request.first = first = index if request.first is None else request.first
-            count = getattr(pipe, "num_timesteps", None) or len(timesteps) - first
-        else:
-            first = getattr(pipe.scheduler, "begin_index", None) or 0
-            count = len(timesteps) - first
-        step = max(index - first, 0)
-        return StepPosition(step, max(count, step + 1))
+        if request.timesteps is not timesteps or (request.first is not None and index < request.first):
+            request.begin(timesteps, None, own=False)
+        if request.first is None:
+            request.first = index
+        calls = getattr(pipe, "num_timesteps", None) if request.own else None
+        calls = calls or len(timesteps) - request.first
+        step = logical_step(pipe.scheduler, index - request.first)
+        return StepPosition(step, max(logical_step(pipe.scheduler, calls - 1), step) + 1)
 
     @staticmethod
     def _index_by_storage(timestep: Any, timesteps: Tensor) -> int | None:
@@ -101,7 +106,30 @@ class PipelineClock:
         return min(found, key=lambda index: abs(index - current)) if current is not None else found[0]
 
 
+def logical_step(scheduler: Any, call: int) -> int:
+    """The step that the call-th UNet call of a request belongs to.
+
+    Second-order schedulers (`order` 2: Heun, KDPM2, DPM++ SDE) call the UNet twice in a step. PNDM has `order` 1 but
+    warms up: twice in its first step, or, with Runge-Kutta steps, four times in each of its first three.
+    """
+    runge_kutta = getattr(scheduler, "prk_timesteps", None)
+    if runge_kutta is None:
+        return call // int(getattr(scheduler, "order", 1))
+    warm_up = len(runge_kutta)
+    if not warm_up:
+        return max(call - 1, 0)
+    return call // 4 if call < warm_up else warm_up // 4 + call - warm_up
+
+
 class _Request(threading.local):
+    """The request that runs on this thread: its schedule, where in it it started, and whose it is."""
+
+    number: int = 0
     timesteps: Tensor | None = None
     first: int | None = None
     seed: int | None = None
+    own: bool = False
+
+    def begin(self, timesteps: Tensor | None, seed: int | None, own: bool) -> None:
+        self.number += 1
+        self.timesteps, self.first, self.seed, self.own = timesteps, None, seed, own

@@ -12,6 +12,7 @@ from accel_hidiff.errors import BadInput
 
 TASKS = ("text2img", "img2img", "inpaint", "controlnet", "controlnet_img2img")
 FAMILIES = ("sd15", "sdxl", "sdxl_turbo")
+WINDOW_SHIFTS = ("per_block", "per_step")
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,14 @@ class HiDiffusionConfig:
             size (see `accel_hidiff.schedule`).
         t2_ratio: the same for the shorter range; 0 switches that part off. T2 <= T1.
         aggressive: SDXL below 4096: start with the dilated downsampler (True), or pool only (False); None: False for
-            inpainting UNets, else True. Playground models want False.
+            inpainting and for Playground (told from its EDM scheduler or its VAE), else True.
         windowed, pooled, dilated: which of the three parts may be on at all.
+        window_shifts: "per_block" draws a shift for each windowed block at each step, as published; "per_step" lets all
+            blocks of a step share one.
+        control_ratio: share of the steps, 0..1, in which ControlNets run.
         shift_seed: seed of the window shifts where a request brings no single generator.
+
+    None of these fields is part of a graph's key: a ratio decides which graphs a request needs, not what is in them.
 
     Raises:
         BadInput: a ratio outside 0..1, T2 > T1, or a value of another type.
@@ -37,18 +43,22 @@ class HiDiffusionConfig:
     windowed: bool = True
     pooled: bool = True
     dilated: bool = True
+    window_shifts: str = "per_block"
+    control_ratio: float = 0.6
     shift_seed: int = 0
 
     VERSION = 1
 
     def __post_init__(self) -> None:
-        for name in ("t1_ratio", "t2_ratio"):
+        for name, optional in (("t1_ratio", " or None"), ("t2_ratio", " or None"), ("control_ratio", "")):
             ratio = getattr(self, name)
-            if ratio is None:
+            if ratio is None and optional:
                 continue
             number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
             if not number or not math.isfinite(ratio) or not 0 <= ratio <= 1:
-                raise BadInput(f"{name}: expected a number in 0..1 or None, got {ratio!r}; it is a share of the steps")
+                raise BadInput(
+                    f"{name}: expected a number in 0..1{optional}, got {ratio!r}; it is a share of the steps"
+                )
         if self.t1_ratio is not None and self.t2_ratio is not None and self.t2_ratio > self.t1_ratio:
             raise BadInput(f"expected t2_ratio <= t1_ratio, got {self.t2_ratio} > {self.t1_ratio}; swap the two?")
         if self.aggressive is not None and not isinstance(self.aggressive, bool):
@@ -56,6 +66,7 @@ class HiDiffusionConfig:
         for name in ("windowed", "pooled", "dilated"):
             if not isinstance(getattr(self, name), bool):
                 raise BadInput(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        check_choice("window_shifts", self.window_shifts, WINDOW_SHIFTS)
         if not isinstance(self.shift_seed, int) or isinstance(self.shift_seed, bool):
             raise BadInput(f"shift_seed: expected an integer, got {self.shift_seed!r}")
 
@@ -104,6 +115,14 @@ def check_steps(steps: Any) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise BadInput(f"steps: expected an integer of at least 1, got {steps!r}")
     return steps
+
+
+def check_strength(strength: Any) -> float:
+    """Validates an image-to-image or inpainting strength: a number in 0..1."""
+    number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if not number or not math.isfinite(strength) or not 0 <= strength <= 1:
+        raise BadInput(f"strength: expected a number in 0..1, got {strength!r}; it is a share of the steps")
+    return float(strength)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:

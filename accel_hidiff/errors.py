@@ -1,6 +1,10 @@
 """Named exceptions. Every message is one line: what was expected, what came, what to do."""
 
 
+class SizeWarning(UserWarning):
+    """A request's size costs a bicubic resize in window attention; the message names the nearest that does not."""
+
+
 class AccelHiDiffError(Exception):
     """Base of every error that accel_hidiff raises on purpose."""
 

@@ -27,16 +27,19 @@ class Layout:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Layout:
-        """From `unet.config`."""
+        """From `unet.config`, or a ControlNet's, which has no up blocks."""
         down = tuple(config["down_block_types"])
         layers = config["layers_per_block"]
         per_block = (layers,) * len(down) if isinstance(layers, int) else tuple(layers)
-        return cls(down, tuple(config["up_block_types"]), per_block, int(config["in_channels"]))
+        return cls(down, tuple(config.get("up_block_types", ())), per_block, int(config["in_channels"]))
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where RAU-Net and MSW-MSA sit in one UNet layout (module paths)."""
+    """Where RAU-Net and MSW-MSA sit in one UNet layout (module paths).
+
+    `control_side` is the longer latent side at which ControlNets of this layout were trained and are run.
+    """
 
     name: str
     down_block_types: tuple[str, ...]
@@ -45,6 +48,12 @@ class Family:
     pool_after: str
     resize_after: str
     dilate: str
+    control_side: int
+
+    def layout(self, in_channels: int = 4) -> Layout:
+        """The layout of an ordinary UNet of this family."""
+        layers = (2,) * len(self.down_block_types)
+        return Layout(self.down_block_types, self.up_block_types, layers, in_channels)
 
     def fits(self, layout: Layout) -> bool:
         """True if the layout has this family's block types."""
@@ -60,6 +69,7 @@ SD15 = Family(
     pool_after="down_blocks.1.attentions.0",
     resize_after="up_blocks.2.attentions.1",
     dilate="down_blocks.0.downsamplers.0",
+    control_side=64,
 )
 SDXL = Family(
     name="sdxl",
@@ -69,6 +79,7 @@ SDXL = Family(
     pool_after="down_blocks.1.attentions.0",
     resize_after="up_blocks.1.attentions.1",
     dilate="down_blocks.1.downsamplers.0",
+    control_side=128,
 )
 SDXL_TURBO = Family(**{**vars(SDXL), "name": "sdxl_turbo"})
 BY_NAME = {family.name: family for family in (SD15, SDXL, SDXL_TURBO)}
@@ -77,7 +88,7 @@ BY_NAME = {family.name: family for family in (SD15, SDXL, SDXL_TURBO)}
 def identify(layout: Layout, family: str | None = None) -> Family:
     """The family of a layout: told from the block types, or the one named, if it fits.
 
-    SDXL-Turbo has SDXL's structure and must be named.
+    SDXL-Turbo has SDXL's structure and must be named, or told from its pipeline (`accel_hidiff.recognize`).
 
     Raises:
         UnknownLayout: with what was looked for and what was found.
@@ -114,47 +125,64 @@ def feature_sizes(layout: Layout, family: Family, height: int, width: int, topol
         height, width: latent size, at least 1.
         topology: pooled and dilated move sizes, windowed does not.
     """
-    walk = _walk(layout, family, (height, width), topology)
-    return {path: size for path, size in walk if not path.startswith("skip.")}
+    return dict(_walked("module", layout, family, height, width, topology))
 
 
 def skip_sizes(layout: Layout, family: Family, height: int, width: int, topology: Topology) -> list[Size]:
     """The (height, width) of every skip connection, in the order in which the down path stores them."""
+    return [size for _, size in _walked("skip", layout, family, height, width, topology)]
+
+
+def adapter_sizes(layout: Layout, family: Family, height: int, width: int, topology: Topology) -> list[Size]:
+    """The (height, width) of the feature maps that T2I-Adapter features are added to: one in each down block (before
+    its downsampler where it has attention, after it elsewhere), then the mid block."""
+    return [size for _, size in _walked("adapter", layout, family, height, width, topology)]
+
+
+def _walked(
+    kind: str, layout: Layout, family: Family, height: int, width: int, topology: Topology
+) -> Iterator[tuple[str, Size]]:
     walk = _walk(layout, family, (height, width), topology)
-    return [size for path, size in walk if path.startswith("skip.")]
+    return ((path, size) for found, path, size in walk if found == kind)
 
 
-def _walk(layout: Layout, family: Family, size: Size, topology: Topology) -> Iterator[tuple[str, Size]]:
+def _walk(layout: Layout, family: Family, size: Size, topology: Topology) -> Iterator[tuple[str, str, Size]]:
+    """(kind, module path, size): the kinds are "module", "skip" and "adapter"."""
     skips = [size]
     before_pool = size
-    yield "skip.0", size
+    yield "skip", "conv_in", size
     for level, kind in enumerate(layout.down_block_types):
         block = f"down_blocks.{level}"
         for layer in range(layout.layers_per_block[level]):
-            yield f"{block}.resnets.{layer}", size
+            yield "module", f"{block}.resnets.{layer}", size
             if "CrossAttn" in kind:
-                yield f"{block}.attentions.{layer}", size
+                yield "module", f"{block}.attentions.{layer}", size
             if topology.pooled and f"{block}.attentions.{layer}" == family.pool_after:
                 before_pool, size = size, _halved(size)
-            yield f"skip.{len(skips)}", size
+            yield "skip", f"{block}.resnets.{layer}", size
             skips.append(size)
+        if "CrossAttn" in kind:
+            yield "adapter", block, size
         if level < len(layout.down_block_types) - 1:
             dilated = topology.dilated and f"{block}.downsamplers.0" == family.dilate
             size = _halved(size, 2 if dilated else 1)
-            yield f"skip.{len(skips)}", size
+            yield "skip", f"{block}.downsamplers.0", size
             skips.append(size)
-        yield block, size
+        if "CrossAttn" not in kind:
+            yield "adapter", block, size
+        yield "module", block, size
     for path in ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1", "mid_block"):
-        yield path, size
+        yield "module", path, size
+    yield "adapter", "mid_block", size
     for level, kind in enumerate(layout.up_block_types):
         block = f"up_blocks.{level}"
         for layer in range(layout.layers_per_block[-1 - level] + 1):
             skips.pop()
-            yield f"{block}.resnets.{layer}", size
+            yield "module", f"{block}.resnets.{layer}", size
             if "CrossAttn" in kind:
-                yield f"{block}.attentions.{layer}", size
+                yield "module", f"{block}.attentions.{layer}", size
             if topology.pooled and f"{block}.attentions.{layer}" == family.resize_after:
                 size = before_pool
         if level < len(layout.up_block_types) - 1:
             size = skips[-1]
-        yield block, size
+        yield "module", block, size

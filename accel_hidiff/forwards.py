@@ -103,20 +103,27 @@ def _with_sample(out: Any, sample: Tensor) -> Any:
     return (sample,) if isinstance(out, tuple) else type(out)(sample=sample)
 
 
-def dilated(conv: nn.Conv2d, inner: Forward, scope: CallScope) -> Forward:
-    """A 3x3 stride-2 convolution that runs with stride 4, padding 2, dilation 2 in a dilated call."""
+def dilated(inner: Forward, scope: CallScope) -> Forward:
+    """A downsampler, a 3x3 convolution of stride 2 and padding 1, that has stride 4, padding 2, dilation 2 in a dilated
+    call.
 
-    def forward(hidden_states: Tensor) -> Any:
+    Such a convolution sees every other row and column only: it is the ordinary one over those. So the downsampler runs
+    as it is, with whatever is in it (LoRA layers above all), on a quarter of its input.
+    """
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         call = scope.call
-        if call is None or not call.topology.dilated:
-            return inner(hidden_states)
-        return F.conv2d(hidden_states, conv.weight, conv.bias, stride=4, padding=2, dilation=2, groups=conv.groups)
+        if call is not None and call.topology.dilated:
+            hidden_states = hidden_states[:, :, ::2, ::2]
+        return inner(hidden_states, *args, **kwargs)
 
     return forward
 
 
-def fit_residual(residual: Tensor, size: tuple[int, int]) -> Tensor:
-    """A ControlNet residual at the (height, width) of the feature map that it is added to."""
-    if tuple(residual.shape[-2:]) == tuple(size):
-        return residual
-    return F.interpolate(residual, size=size, mode="bicubic", align_corners=False)
+def require_downsampler(module: nn.Module, path: str) -> None:
+    """AccelHiDiffError unless a module is the strided 3x3 convolution that `dilated` can dilate."""
+    weight = module.conv.weight if getattr(module, "use_conv", False) else None
+    if weight is None or tuple(weight.shape[-2:]) != (3, 3) or module.padding != 1:
+        raise AccelHiDiffError(
+            f"cannot patch {path}: expected a 3x3 convolution of stride 2 and padding 1 as downsampler, got {module}"
+        )

@@ -6,8 +6,8 @@ call lives in a `UNetCall`, all state of a request in the pipeline's scheduler.
 
 from __future__ import annotations
 
-import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,21 +19,24 @@ from torch import Tensor, nn
 
 from accel_hidiff.call import CallScope, UNetCall
 from accel_hidiff.clock import PipelineClock, StepPosition
-from accel_hidiff.config import TASKS, HiDiffusionConfig, check_choice, check_steps
-from accel_hidiff.errors import AccelHiDiffError, BadInput, NoPhase, NotAPipeline
-from accel_hidiff.families import Family, Layout, identify, skip_sizes
+from accel_hidiff.config import HiDiffusionConfig, check_pixels, check_steps
+from accel_hidiff.control import at_trained_scale, find_controlnets, fitted, runs
+from accel_hidiff.errors import AccelHiDiffError, BadInput, NoPhase, NotAPipeline, SizeWarning
+from accel_hidiff.families import Family
 from accel_hidiff.forwards import (
     Forward,
     dilated,
-    fit_residual,
     pool_after,
+    require_downsampler,
     require_parameters,
     resize_after,
     window_attention,
     window_frame,
 )
-from accel_hidiff.schedule import INPAINTING_CHANNELS, PhasePlan, plan_latent, plan_pixels
+from accel_hidiff.recognize import Recognized, recognize
+from accel_hidiff.schedule import LATENT_CELL, PhasePlan, plan_latent, plan_pixels, running_steps
 from accel_hidiff.shifts import check_shifts, window_shifts
+from accel_hidiff.sizes import odd_window_notice, suggest_latent
 from accel_hidiff.undo import UndoLog, refuse_copy
 
 RegionLayer = Callable[["Patch", UndoLog], None]
@@ -48,16 +51,20 @@ class Patch:
 
     Attributes:
         unet, family, layout, config, task: what was patched, and how.
+        evidence: what family and settings were told from, for people.
+        controlnets: the pipeline's ControlNets by path; they run at their trained scale.
         windowed_blocks: module paths of the windowed transformer blocks in call order; `window_shifts` has one entry
             for each.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, family: Family, config: HiDiffusionConfig, task: str) -> None:
+    def __init__(self, pipe: Any, unet: UNet2DConditionModel, model: Recognized) -> None:
         self.unet = unet
-        self.family = family
-        self.layout = Layout.from_config(unet.config)
-        self.config = config
-        self.task = task
+        self.family = family = model.family
+        self.layout = model.layout
+        self.config = model.config
+        self.task = model.task
+        self.evidence = model.evidence
+        self.controlnets = find_controlnets(pipe)
         self.scope = CallScope()
         self.runner: UNetRunner | None = None
         self.clock: PipelineClock | None = None
@@ -69,18 +76,29 @@ class Patch:
         )
         self._undo = UndoLog()
         self._request = _Request()
+        self._warned_sizes: set[tuple[int, int]] = set()
 
-    def plan(self, height: int, width: int, num_inference_steps: int) -> PhasePlan:
+    def plan(self, height: int, width: int, num_inference_steps: int, strength: float = 1.0) -> PhasePlan:
         """The phases of a request.
 
         Args:
             height, width: image size in pixels, multiples of 8.
-            num_inference_steps: UNet steps that really run, at least 1.
+            num_inference_steps: steps of the schedule, at least 1. A second-order scheduler's two calls are one step.
+            strength: of image-to-image and inpainting, the share of the steps that really runs.
 
         Raises:
-            BadInput: a size or a step count that cannot be.
+            BadInput: a size, a step count or a strength that cannot be.
         """
-        return plan_pixels(self.family, self.layout, height, width, num_inference_steps, self.config, self.task)
+        steps = running_steps(num_inference_steps, strength)
+        return plan_pixels(self.family, self.layout, height, width, steps, self.config, self.task)
+
+    def suggest_size(self, height: int, width: int, num_inference_steps: int = 50) -> tuple[int, int]:
+        """The nearest (height, width) in pixels without a resize in window attention; see `accel_hidiff.suggest_size`."""
+        check_pixels(height, width)
+        check_steps(num_inference_steps)
+        cells = height // LATENT_CELL, width // LATENT_CELL
+        latent = suggest_latent(self.family, self.layout, *cells, num_inference_steps, self.config, self.task)
+        return latent[0] * LATENT_CELL, latent[1] * LATENT_CELL
 
     @contextmanager
     def phase(self, step: int, num_steps: int, window_shifts: object = None) -> Iterator[None]:
@@ -109,7 +127,7 @@ class Patch:
     @property
     def request_number(self) -> int:
         """Changes whenever this thread begins a request; for checks that are made once per request."""
-        return self._request.number
+        return self._request.number + (0 if self.clock is None else self.clock.request_number)
 
     def function_ids(self) -> frozenset[int]:
         """Ids of the forwards that this patch installed."""
@@ -149,10 +167,20 @@ class Patch:
         for path, wrap in ((self.family.pool_after, pool_after), (self.family.resize_after, resize_after)):
             module = self.unet.get_submodule(path)
             undo.replace(module, "forward", wrap(module.forward, self.scope), f"{wrap.__name__} {path}")
-        conv = self.unet.get_submodule(self.family.dilate).conv
-        undo.replace(conv, "forward", dilated(conv, conv.forward, self.scope), f"dilation of {self.family.dilate}")
+        downsampler = self.unet.get_submodule(self.family.dilate)
+        require_downsampler(downsampler, self.family.dilate)
+        undo.replace(downsampler, "forward", dilated(downsampler.forward, self.scope), f"dilate {self.family.dilate}")
         undo.replace(self.unet, "num_upsamplers", _FORCE_UPSAMPLE_SIZE, "upsample size from the next skip")
         undo.replace(self.unet, "forward", self._unet_forward(self.unet.forward), "UNet call")
+        for path, net in self.controlnets.items():
+            if find_patch(net) is not None:
+                raise AccelHiDiffError(
+                    f"{path}: this ControlNet is patched with another UNet already; remove HiDiffusion there first"
+                )
+            ratio = self.config.control_ratio
+            forward = at_trained_scale(net.forward, self.family, ratio, lambda timestep: self._where(timestep)[0])
+            undo.replace(net, "forward", forward, f"trained scale of {path}")
+            undo.replace(net, _PATCH, self, "patch record")
         if pipe is not None:
             self.clock = PipelineClock(pipe)
             if hasattr(pipe, "prepare_extra_step_kwargs"):
@@ -168,8 +196,9 @@ class Patch:
                 raise BadInput(
                     "a patched UNet takes sample, timestep and encoder_hidden_states by position, the rest by name"
                 )
-            call = self._begin_call(sample, timestep)
-            kwargs = self._with_resized_residuals(sample, call, kwargs)
+            call, controlled = self._begin_call(sample, timestep)
+            size = int(sample.shape[-2]), int(sample.shape[-1])
+            kwargs = fitted(kwargs, self.layout, self.family, size, call.topology, controlled)
             if self.runner is not None:
                 return self.runner(call, inner, sample, timestep, encoder_hidden_states, kwargs)
             with self.scope.opened(call):
@@ -177,40 +206,44 @@ class Patch:
 
         return forward
 
-    def _begin_call(self, sample: Tensor, timestep: Any) -> UNetCall:
-        by_hand, seed, shifts = self._request.by_hand, None, None
-        if by_hand is not None:
-            (step, num_steps), shifts = by_hand
-        elif self.clock is not None:
-            (step, num_steps), seed = self.clock.position(timestep), self.clock.seed
-        else:
-            raise NoPhase(
-                "a patched UNet was called without a step; expected a call by the pipeline that was patched, or "
-                "`with patch.phase(step=..., num_steps=...)` around it"
-            )
+    def _where(self, timestep: Any) -> tuple[StepPosition, int | None, tuple[int, ...] | None]:
+        """(step, seed of the request, shifts given by hand) of a call with this timestep."""
+        if self._request.by_hand is not None:
+            position, shifts = self._request.by_hand
+            return position, None, shifts
+        if self.clock is not None:
+            position = self.clock.position(timestep)
+            return position, self.clock.seed, None
+        raise NoPhase(
+            "a patched UNet was called without a step; expected a call by the pipeline that was patched, or "
+            "`with patch.phase(step=..., num_steps=...)` around it"
+        )
+
+    def _begin_call(self, sample: Tensor, timestep: Any) -> tuple[UNetCall, bool]:
+        """The call, and whether residuals of a ControlNet count in it."""
+        position, seed, shifts = self._where(timestep)
+        step, num_steps = position
+        controlled = not self.controlnets or runs(position, self.config.control_ratio)
         height, width = sample.shape[-2:]
         plan = plan_latent(self.family, self.layout, height, width, num_steps, self.config, self.task)
         topology = plan.at(step)
         if not topology.windowed:
-            return UNetCall(topology)
+            return UNetCall(topology), controlled
+        self._warn_of_odd_windows(plan, height, width)
         if shifts is not None:
-            return UNetCall(topology, torch.tensor(shifts, device=sample.device))
+            return UNetCall(topology, torch.tensor(shifts, device=sample.device)), controlled
         seed = self.config.shift_seed if seed is None else seed
-        return UNetCall(topology, _shift_table(seed, num_steps, len(self.windowed_blocks), sample.device)[step])
+        mode, blocks = self.config.window_shifts, len(self.windowed_blocks)
+        return UNetCall(topology, _shift_table(seed, num_steps, blocks, mode, sample.device)[step]), controlled
 
-    def _with_resized_residuals(self, sample: Tensor, call: UNetCall, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """ControlNet residuals, resized bicubically to the skips (and the mid block) that they are added to."""
-        residuals, mid = kwargs.get("down_block_additional_residuals"), kwargs.get("mid_block_additional_residual")
-        if residuals is None or mid is None:
-            return kwargs
-        height, width = sample.shape[-2:]
-        sizes = skip_sizes(self.layout, self.family, height, width, call.topology)
-        fitted = tuple(fit_residual(residual, size) for residual, size in zip(residuals, sizes, strict=True))
-        return {
-            **kwargs,
-            "down_block_additional_residuals": fitted,
-            "mid_block_additional_residual": fit_residual(mid, sizes[-1]),
-        }
+    def _warn_of_odd_windows(self, plan: PhasePlan, height: int, width: int) -> None:
+        """Says once for each size which nearest one needs no resize in window attention."""
+        if (height, width) in self._warned_sizes:
+            return
+        notice = odd_window_notice(self.family, self.layout, height, width, plan, self.config, self.task)
+        if notice is not None:
+            self._warned_sizes.add((height, width))
+            warnings.warn(notice, SizeWarning, stacklevel=2)
 
     def _watch_request(self, inner: Forward) -> Forward:
         """A request begins: its generator's seed, read without drawing from it, seeds the window shifts.
@@ -220,7 +253,6 @@ class Patch:
         """
 
         def prepare_extra_step_kwargs(generator: Any, *args: Any, **kwargs: Any) -> Any:
-            self._request.number += 1
             if self.clock is not None:
                 self.clock.begin(generator.initial_seed() if isinstance(generator, torch.Generator) else None)
             return inner(generator, *args, **kwargs)
@@ -249,8 +281,10 @@ def apply_hidiffusion(
         apply_raunet: RAU-Net, the pooled and dilated parts.
         apply_window_attn: MSW-MSA, the windowed part.
         config: changes to the published settings; None: none.
-        family: "sd15", "sdxl", "sdxl_turbo"; None: told from the UNet's structure.
-        task: one of `accel_hidiff.config.TASKS`; None: told from the pipeline, "text2img" for a bare UNet.
+        family: "sd15", "sdxl", "sdxl_turbo"; None: told from the UNet's structure and the pipeline's scheduler.
+        task: one of `accel_hidiff.config.TASKS`; None: told from the pipeline; for a bare UNet from its channels.
+
+    A size whose feature maps do not cut into windows evenly gives one `SizeWarning` that names the nearest that does.
 
     Raises:
         NotAPipeline: the object is no pipeline with a UNet and no UNet.
@@ -275,18 +309,13 @@ def install(
     region_layer: RegionLayer | None = None,
 ) -> Patch:
     """`apply_hidiffusion` with a layer of compiled regions between the windows and the pool (see `dispatch`)."""
-    if not isinstance(config, HiDiffusionConfig):
-        raise BadInput(f"config: expected a HiDiffusionConfig, got {type(config).__name__}")
     pipe, unet = find_unet(pipe_or_unet)
-    chosen = identify(Layout.from_config(unet.config), family)
-    if task is None:
-        task = tell_task(pipe, unet)
-    check_choice("task", task, TASKS)
+    model = recognize(pipe, unet.config, config, family, task)
     if (existing := find_patch(unet)) is not None:
         if existing.runner is not None:
             raise AccelHiDiffError("this UNet is accelerated already: call its handle's remove() first")
         existing.remove()
-    patch = Patch(unet, chosen, config, task)
+    patch = Patch(pipe, unet, model)
     try:
         patch._install(pipe, region_layer)
     except BaseException:
@@ -321,18 +350,6 @@ def find_unet(pipe_or_unet: Any) -> tuple[Any, UNet2DConditionModel]:
     return (None if unet is pipe_or_unet else pipe_or_unet), unet
 
 
-def tell_task(pipe: Any, unet: UNet2DConditionModel) -> str:
-    """The task, from what the pipeline's call takes and which components it has; never from a name."""
-    if pipe is None:
-        return "inpaint" if unet.config.in_channels == INPAINTING_CHANNELS else "text2img"
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    if getattr(pipe, "controlnet", None) is not None:
-        return "controlnet_img2img" if "control_image" in parameters else "controlnet"
-    if "mask_image" in parameters:
-        return "inpaint"
-    return "img2img" if "strength" in parameters else "text2img"
-
-
 def _windowed_transformers(unet: UNet2DConditionModel, family: Family) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (f"{level}.attentions.{index}", transformer)
@@ -342,7 +359,7 @@ def _windowed_transformers(unet: UNet2DConditionModel, family: Family) -> tuple[
 
 
 @lru_cache(maxsize=64)
-def _shift_table(seed: int, num_steps: int, blocks: int, device: torch.device) -> Tensor:
-    rows = [window_shifts(seed, step, blocks) for step in range(num_steps)]
+def _shift_table(seed: int, num_steps: int, blocks: int, mode: str, device: torch.device) -> Tensor:
+    rows = [window_shifts(seed, step, blocks, mode) for step in range(num_steps)]
     with torch.inference_mode(False):
         return torch.tensor(rows, dtype=torch.int64, device=device)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from accel_hidiff.config import TASKS, HiDiffusionConfig, check_choice, check_pixels, check_steps
+from accel_hidiff.config import TASKS, HiDiffusionConfig, check_choice, check_pixels, check_steps, check_strength
 from accel_hidiff.errors import BadInput
 from accel_hidiff.families import Family, Layout
 from accel_hidiff.topology import Topology
@@ -130,6 +130,35 @@ def plan_latent(
         else:
             phases.append(Phase(start, stop, topology))
     return PhasePlan(tuple(phases))
+
+
+def running_steps(num_inference_steps: int, strength: float = 1.0) -> int:
+    """Steps that an image-to-image or inpainting request really runs: the last `strength` of its schedule, as diffusers
+    counts them (`get_timesteps` of its pipelines).
+
+    >>> running_steps(30, 0.6)
+    18
+
+    Raises:
+        BadInput: a number that cannot be, or a strength so low that no step is left.
+    """
+    check_steps(num_inference_steps)
+    running = min(int(num_inference_steps * check_strength(strength)), num_inference_steps)
+    if running < 1:
+        raise BadInput(
+            f"strength: expected one that leaves a step, got {strength} of {num_inference_steps} steps; "
+            f"the least is {1 / num_inference_steps:.3g}"
+        )
+    return running
+
+
+def control_steps(num_steps: int, ratio: float) -> int:
+    """How many of the first steps ControlNets run in: those below `ratio` of all (the release: i < 0.6 N).
+
+    >>> control_steps(10, 0.6), control_steps(7, 0.6)
+    (6, 5)
+    """
+    return sum(step < ratio * num_steps for step in range(num_steps))
 
 
 def plan_pixels(family: Family, layout: Layout, height: int, width: int, num_steps: int, *rest: Any) -> PhasePlan:

@@ -12,8 +12,10 @@ NUM_SHIFTS = 4
 
 
 @lru_cache(maxsize=4096)
-def window_shifts(seed: int, step: int, blocks: int) -> tuple[int, ...]:
-    """The shifts of one step, uniform over 0..3 and independent between blocks and steps.
+def window_shifts(seed: int, step: int, blocks: int, mode: str = "per_block") -> tuple[int, ...]:
+    """The shifts of one step, uniform over 0..3 and independent between steps.
+
+    `mode` "per_block": independent between blocks too, as in the paper (section 3.3); "per_step": all blocks share one.
 
     Counter-based (a SHAKE-256 stream): any step can be asked for alone, in any order, on any device, so that an
     interrupted request, a retry and another backend see the same shifts. The reference draws `torch.rand(1)` per block
@@ -22,6 +24,8 @@ def window_shifts(seed: int, step: int, blocks: int) -> tuple[int, ...]:
     >>> window_shifts(0, 0, 5) == window_shifts(0, 0, 10)[:5]
     True
     """
+    if mode == "per_step":
+        return window_shifts(seed, step, 1) * blocks
     stream = hashlib.shake_256(f"window shifts {seed} {step}".encode()).digest(blocks)
     return tuple(byte % NUM_SHIFTS for byte in stream)
 

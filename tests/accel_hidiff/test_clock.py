@@ -75,18 +75,44 @@ def test_a_repeated_value_is_resolved_by_the_schedulers_own_index() -> None:
     timesteps = torch.tensor([9, 5, 5, 1])
     pipe = Pipe(timesteps)
     clock = PipelineClock(pipe)
-    for index in (1, 2):
+    for index, value in enumerate([9, 5, 5, 1]):
         pipe.scheduler.step_index = index
-        assert clock.position(5).step == index
+        assert clock.position(value).step == index
 
 
 def test_steps_may_be_asked_for_in_any_order_and_of_a_new_scheduler() -> None:
     pipe = Pipe(torch.arange(5))
     clock = PipelineClock(pipe)
-    positions = [clock.position(pipe.scheduler.timesteps[index]).step for index in (3, 0, 4, 4, 1)]
-    assert positions == [3, 0, 4, 4, 1]
+    positions = [clock.position(pipe.scheduler.timesteps[index]).step for index in (0, 3, 4, 4, 1)]
+    assert positions == [0, 3, 4, 4, 1]
     pipe.scheduler = Scheduler(torch.arange(100, 92, -1))
-    assert tuple(clock.position(pipe.scheduler.timesteps[2])) == (2, 8)
+    assert [tuple(clock.position(t)) for t in pipe.scheduler.timesteps[:2]] == [(0, 8), (1, 8)]
+
+
+def test_somebody_elses_request_starts_at_its_first_call() -> None:
+    """An image-to-image pipeline on the same components: a new schedule, entered in its middle; and then from its start."""
+    pipe = Pipe(torch.arange(10), num_timesteps=4)
+    clock = PipelineClock(pipe)
+    clock.begin(3)
+    assert tuple(clock.position(pipe.scheduler.timesteps[0])) == (0, 4)
+    pipe.scheduler.timesteps = torch.arange(20)
+    assert [tuple(clock.position(t)) for t in pipe.scheduler.timesteps[12:]] == [(step, 8) for step in range(8)]
+    assert clock.seed is None
+    assert [tuple(clock.position(t)) for t in pipe.scheduler.timesteps] == [(step, 20) for step in range(20)]
+
+
+def test_every_request_has_another_number() -> None:
+    pipe = Pipe(torch.arange(10), num_timesteps=4)
+    clock = PipelineClock(pipe)
+    numbers = [clock.request_number]
+    clock.begin(None)
+    numbers.append(clock.request_number)
+    clock.position(pipe.scheduler.timesteps[0])
+    assert clock.request_number == numbers[-1]
+    pipe.scheduler.timesteps = torch.arange(20)
+    clock.position(pipe.scheduler.timesteps[0])
+    numbers.append(clock.request_number)
+    assert len(set(numbers)) == 3
 
 
 def test_an_abandoned_request_does_not_move_the_next_one() -> None:
@@ -103,15 +129,15 @@ def test_an_abandoned_request_does_not_move_the_next_one() -> None:
 
 def test_a_request_of_another_thread_has_no_influence() -> None:
     """A thread that never began a request counts by the schedule alone."""
-    pipe = Pipe(torch.arange(10), num_timesteps=4)
+    pipe = Pipe(torch.arange(10), num_timesteps=5)
     clock = PipelineClock(pipe)
     clock.begin(None)
-    assert tuple(clock.position(pipe.scheduler.timesteps[6])) == (0, 4)
+    assert tuple(clock.position(pipe.scheduler.timesteps[2])) == (0, 5)
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(tuple(clock.position(pipe.scheduler.timesteps[6]))))
     thread.start()
     thread.join(timeout=60)
-    assert found == [(6, 10)]
+    assert found == [(0, 4)], "its own first call, and what is left of the schedule from there"
 
 
 def test_a_foreign_timestep_is_refused() -> None:

@@ -467,9 +467,10 @@ def recorded_calls(pipe: Any, run: Callable[[], Any]) -> list[tuple[Any, Any, to
     return calls
 
 
-def assert_replays(patch: Any, calls: list[Any], seed: int) -> None:
-    steps = len(calls)
-    for step, (args, kwargs, out) in enumerate(calls):
+def assert_replays(patch: Any, calls: list[Any], seed: int, positions: list[tuple[int, int]] | None = None) -> None:
+    """The calls are those of the shifts of a seed; `positions` are one step for each call unless they are given."""
+    positions = positions or [(step, len(calls)) for step in range(len(calls))]
+    for (step, steps), (args, kwargs, out) in zip(positions, calls, strict=True):
         shifts = window_shifts(seed, step, BLOCKS)
         with torch.no_grad(), patch.phase(step=step, num_steps=steps, window_shifts=shifts):
             assert torch.equal(patch.unet(*args, **kwargs)[0], out), step
@@ -528,30 +529,61 @@ def test_two_threads_with_two_pipelines_make_the_images_of_each_alone(build: Any
 
 # ---- schedulers
 
-SCHEDULERS = (
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "LCMScheduler",
-    "HeunDiscreteScheduler",  # second order: repeats timesteps, 2n - 1 calls
-    "PNDMScheduler",  # repeats timesteps
-)
+
+def once(steps: int) -> list[int]:
+    return list(range(steps))
+
+
+def twice(steps: int) -> list[int]:
+    """A second-order step is two calls; the last one, at the end of the schedule, is one."""
+    return [step for step in range(steps) for _ in range(2)][:-1]
+
+
+def warmed_up(steps: int) -> list[int]:
+    """PNDM's linear multistep form makes two calls in its first step."""
+    return [0, *range(steps)]
+
+
+def runge_kutta(steps: int) -> list[int]:
+    """PNDM's Runge-Kutta form makes four calls in each of its first three steps."""
+    return [step for step in range(3) for _ in range(4)] + list(range(3, steps))
+
+
+# name: (the scheduler's options, the step of each UNet call)
+SCHEDULERS: dict[str, tuple[dict[str, Any], Callable[[int], list[int]]]] = {
+    "EulerDiscreteScheduler": ({}, once),
+    "EulerAncestralDiscreteScheduler": ({}, once),
+    "DDIMScheduler": ({}, once),
+    "DPMSolverMultistepScheduler": ({}, once),
+    "DPMSolverMultistepScheduler sde": ({"algorithm_type": "sde-dpmsolver++"}, once),
+    "DPMSolverSinglestepScheduler": ({}, once),
+    "UniPCMultistepScheduler": ({}, once),
+    "LCMScheduler": ({}, once),
+    "EDMEulerScheduler": ({}, once),
+    "EDMDPMSolverMultistepScheduler": ({}, once),
+    "HeunDiscreteScheduler": ({}, twice),
+    "KDPM2DiscreteScheduler": ({}, twice),
+    "KDPM2AncestralDiscreteScheduler": ({}, twice),
+    "DPMSolverSDEScheduler": ({}, twice),
+    "PNDMScheduler": ({"skip_prk_steps": True}, warmed_up),
+    "PNDMScheduler prk": ({"skip_prk_steps": False}, runge_kutta),
+}
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_call_knows_its_step_with_every_scheduler(pipe: Any, generate: Any, positions: Any, name: str) -> None:
-    """The scheduler is swapped after applying, as users do."""
+    """The scheduler is swapped after applying, as users do. All calls of a step run in one phase."""
+    options, steps_of_calls = SCHEDULERS[name]
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde", reason="DPMSolverSDEScheduler needs torchsde")
     patch = ah.apply_hidiffusion(pipe)
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-    for steps in (5, 8, 4):
+    pipe.scheduler = getattr(diffusers, name.split()[0]).from_config(pipe.scheduler.config, **options)
+    for steps in (5, 8, 7):
         positions.clear()
         calls = recorded_calls(pipe, lambda steps=steps: generate(pipe, steps=steps, seed=2))
-        count = len(pipe.scheduler.timesteps)
-        assert count == len(calls) >= steps
-        assert positions == [(step, count) for step in range(count)]
-    assert_replays(patch, calls, 2)
+        assert len(pipe.scheduler.timesteps) == len(calls)
+        assert positions == [(step, steps) for step in steps_of_calls(steps)]
+    assert_replays(patch, calls, 2, positions)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
@@ -587,8 +619,11 @@ def test_image_to_image_counts_from_its_first_step(pipe: Any, positions: Any, na
     draw = torch.Generator().manual_seed(0)
     arguments = {"image": image, "strength": 0.6, "num_inference_steps": 10, "output_type": "latent", **window}
     pipe("a", generator=draw, **arguments)
-    assert len(positions) > 0 and (len(positions) < 10 or name == "HeunDiscreteScheduler")
-    assert positions == [(step, len(positions)) for step in range(len(positions))]
+    steps = positions[-1][0] + 1
+    assert 0 < steps < 10
+    assert len(positions) in ((2 * steps - 1, 2 * steps) if name == "HeunDiscreteScheduler" else (steps,))
+    order = 2 if name == "HeunDiscreteScheduler" else 1
+    assert positions == [(call // order, steps) for call in range(len(positions))]
 
 
 def test_another_pipeline_on_the_same_components_is_counted_rightly(pipe: Any, generate: Any, positions: Any) -> None:
@@ -605,14 +640,7 @@ def test_another_pipeline_on_the_same_components_is_counted_rightly(pipe: Any, g
     "name",
     [
         "EulerDiscreteScheduler",
-        pytest.param(
-            "DDIMScheduler",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="where another pipeline runs and the scheduler has no begin_index, the steps that strength "
-                "drops are counted: (4, 10), (5, 10), ... in place of (0, 6), (1, 6), ...",
-            ),
-        ),
+        "DDIMScheduler",  # has no begin_index
     ],
 )
 def test_another_image_to_image_pipeline_on_the_same_components_is_counted_rightly(
