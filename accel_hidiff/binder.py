@@ -30,7 +30,7 @@ class BoundCall:
         self._format = region.memory_format
         self.shape = torch.Size((sizes["batch"], region.channels, sizes["height"], sizes["width"]))
 
-    def __call__(self, image: Tensor, *rest: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, *rest: Tensor) -> Any:
         if not image.is_contiguous(memory_format=self._format):
             image = image.contiguous(memory_format=self._format)
         return self._run(_aligned(image), *(_aligned(tensor.contiguous()) for tensor in rest))
@@ -69,11 +69,17 @@ class Binder:
         self._lock = threading.RLock()
 
     def graph(
-        self, region: Region, topology: Topology, sizes: Sizes, dtype: torch.dtype, device: torch.device
+        self,
+        region: Region,
+        topology: Topology,
+        sizes: Sizes,
+        dtype: torch.dtype,
+        device: torch.device,
+        controlled: bool = False,
     ) -> RegionGraph:
         """The graph of a region that serves a call of these sizes: in its symbolic bucket where the artifact's own
         constraints cover them, in an exact one otherwise."""
-        traits = region.traits(topology)
+        traits = region.traits(topology, controlled)
         for shapes in dict.fromkeys((self.shapes, "exact")):
             bucket = bucket_of(region, traits, sizes, shapes, self.backend.smallest_symbolic)
             graph = RegionGraph(region, traits, bucket, example_sizes(bucket, sizes), dtype, device)

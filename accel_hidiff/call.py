@@ -10,13 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from accel_hidiff.families import Size
 from accel_hidiff.topology import Topology
 
-RegionCall = Callable[..., Tensor]
+RegionCall = Callable[..., Any]  # tensors in, a tensor or a tuple of them out
 
 
 @dataclass(slots=True)

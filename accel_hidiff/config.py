@@ -70,6 +70,11 @@ class HiDiffusionConfig:
         if not isinstance(self.shift_seed, int) or isinstance(self.shift_seed, bool):
             raise BadInput(f"shift_seed: expected an integer, got {self.shift_seed!r}")
 
+    @property
+    def is_active(self) -> bool:
+        """Whether any part of HiDiffusion may be on; without one the model runs as it was."""
+        return self.windowed or self.pooled or self.dilated
+
     def replace(self, **changes: Any) -> HiDiffusionConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)

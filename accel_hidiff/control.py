@@ -7,7 +7,7 @@ it gives to the feature maps of the call (the authors' release of arXiv 2311.175
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from diffusers.models.controlnets.controlnet import ControlNetOutput
@@ -17,8 +17,7 @@ from accel_hidiff.clock import StepPosition
 from accel_hidiff.families import Family, Layout, Size, adapter_sizes, skip_sizes
 from accel_hidiff.forwards import Forward, require_parameters
 from accel_hidiff.schedule import LATENT_CELL
-from accel_hidiff.sizes import control_size
-from accel_hidiff.topology import Topology
+from accel_hidiff.topology import PLAIN, Topology
 
 DOWN, MID, ADAPTER = (
     "down_block_additional_residuals",
@@ -38,12 +37,23 @@ def find_controlnets(pipe: Any) -> dict[str, nn.Module]:
     return {f"controlnet.nets.{index}": net for index, net in enumerate(nets)}
 
 
-def runs(position: StepPosition, ratio: float) -> bool:
-    """Whether ControlNets run in a step: in the first `ratio` of all."""
-    return position.step < ratio * position.num_steps
+class Schedule(Protocol):
+    """What a ControlNet needs to know of the patch that it belongs to."""
+
+    layout: Layout
+    family: Family
+
+    def position(self, timestep: Any) -> StepPosition:
+        """The step of a call with this timestep."""
+
+    def controls(self, position: StepPosition) -> bool:
+        """Whether ControlNets run in a step."""
+
+    def control_size(self, height: int, width: int) -> Size:
+        """The latent size at which they run for a request of a latent size."""
 
 
-def at_trained_scale(inner: Forward, family: Family, ratio: float, where: Callable[[Any], StepPosition]) -> Forward:
+def at_trained_scale(inner: Forward, schedule: Schedule) -> Forward:
     """A ControlNet's forward on inputs of its trained size, and not at all in steps where it has no part.
 
     Latents and control images are resized as in the release (nearest neighbour), and only downwards. In a step without
@@ -51,20 +61,20 @@ def at_trained_scale(inner: Forward, family: Family, ratio: float, where: Callab
 
     Args:
         inner: the forward, or whoever runs it compiled.
-        where: gives the step of a call from its timestep.
+        schedule: the patch.
     """
     require_parameters(inner, ("sample", "timestep", "encoder_hidden_states", "controlnet_cond"), "ControlNet")
 
     def forward(
         sample: Tensor, timestep: Any, encoder_hidden_states: Any, controlnet_cond: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if not runs(where(timestep), ratio):
+        if not schedule.controls(schedule.position(timestep)):
             nothing = sample.new_zeros(sample.shape[0], 1, 1, 1)
-            count = len(skip_sizes(family.layout(), family, 1, 1, Topology()))
+            count = len(skip_sizes(schedule.layout, schedule.family, 1, 1, PLAIN))
             if kwargs.get("return_dict", True):
                 return ControlNetOutput(down_block_res_samples=(nothing,) * count, mid_block_res_sample=nothing)
             return [nothing] * count, nothing
-        height, width = control_size(family.control_side, *sample.shape[-2:])
+        height, width = schedule.control_size(*sample.shape[-2:])
         if (height, width) != tuple(sample.shape[-2:]):
             sample = F.interpolate(sample, (height, width))
             pixels = height * LATENT_CELL, width * LATENT_CELL

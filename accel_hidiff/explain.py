@@ -36,11 +36,12 @@ class ExplainRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The table of a request; `print` it."""
+    """The table of a request; `print` it. `num_steps` are those that run, `model` tells the family and from what."""
 
     height: int
     width: int
     num_steps: int
+    model: str
     rows: tuple[ExplainRow, ...]
 
     @property
@@ -54,7 +55,7 @@ class Explanation:
 
     def table(self) -> Table:
         """As a rich table."""
-        table = Table(title=f"{self.width}x{self.height}, {self.num_steps} steps", title_justify="left")
+        table = Table(title=f"{self.width}x{self.height}, {self.num_steps} steps, {self.model}", title_justify="left")
         for column in ("steps", "topology", "bucket", "graph", "regions", "artifacts", "state"):
             table.add_column(column, overflow="fold")
         for row in self.rows:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from accel_hidiff.call import CallScope
 from accel_hidiff.errors import AccelHiDiffError, BadInput
@@ -120,7 +120,7 @@ def dilated(inner: Forward, scope: CallScope) -> Forward:
     return forward
 
 
-def require_downsampler(module: nn.Module, path: str) -> None:
+def require_downsampler(module: Any, path: str) -> None:
     """AccelHiDiffError unless a module is the strided 3x3 convolution that `dilated` can dilate."""
     weight = module.conv.weight if getattr(module, "use_conv", False) else None
     if weight is None or tuple(weight.shape[-2:]) != (3, 3) or module.padding != 1:

@@ -28,24 +28,19 @@ class Reject:
 Decision = Accept | Reject
 ACCEPT = Accept()
 
-# Arguments of a UNet call that change what runs inside of a region, for each choice of regions.
+# Arguments of a UNet's or ControlNet's call that change what runs inside of a block; any other one that is not among
+# the inputs of a whole-model graph changes that.
 _CHANGES_BLOCKS = ("cross_attention_kwargs", "attention_mask", "encoder_attention_mask", "image_embeds")
-_CHANGES_UNET = (
-    *_CHANGES_BLOCKS,
-    "class_labels",
-    "timestep_cond",
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-)
+_INPUTS_OF_WHOLE = ("down_block_additional_residuals", "mid_block_additional_residual")
 
 
 @dataclass(frozen=True, slots=True)
 class CallFacts:
     """Everything about one UNet call that decides which graph serves it, and whether one may.
 
-    Sizes are latent; `tokens` is the text length; `extras` names the optional arguments that were given; `dtype` and
-    `device` are the sample's, `weights` the device that the weights are on ("" where it is not known).
+    Sizes are latent; `tokens` is the text length; `extras` names the optional arguments that were given, `whole` tells
+    that one graph serves the whole model; `dtype` and `device` are the sample's, `weights` the device that the weights
+    are on ("" where it is not known).
     """
 
     topology: Topology
@@ -56,19 +51,15 @@ class CallFacts:
     dtype: str
     device: str
     extras: tuple[str, ...] = ()
+    whole: bool = False
     grad: bool = False
     autocast: bool = False
     tensor_text: bool = True
     weights: str = ""
 
 
-def judge_call(facts: CallFacts, regions: str) -> Decision:
-    """Accept, or Reject with the reason.
-
-    Args:
-        facts: of the call.
-        regions: "blocks" or "whole"; a whole-UNet graph takes fewer optional arguments.
-    """
+def judge_call(facts: CallFacts) -> Decision:
+    """Accept, or Reject with the reason."""
     if facts.grad:
         return Reject("gradients are on, compiled graphs have none: call under torch.no_grad()")
     if facts.autocast:
@@ -80,8 +71,11 @@ def judge_call(facts: CallFacts, regions: str) -> Decision:
         )
     if not facts.tensor_text:
         return Reject("encoder_hidden_states is no (batch, tokens, channels) tensor of the sample's batch and dtype")
-    refused = _CHANGES_UNET if regions == "whole" else _CHANGES_BLOCKS
-    if given := [name for name in facts.extras if name in refused]:
+    if facts.whole:
+        given = [name for name in facts.extras if name not in _INPUTS_OF_WHOLE]
+    else:
+        given = [name for name in facts.extras if name in _CHANGES_BLOCKS]
+    if given:
         hint = '; regions="blocks" serves it' if given[0] not in _CHANGES_BLOCKS else ""
         return Reject(f"the call passes {given[0]}, which is no input of the compiled graphs{hint}")
     return ACCEPT

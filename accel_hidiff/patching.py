@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from accel_hidiff.call import CallScope, UNetCall
 from accel_hidiff.clock import PipelineClock, StepPosition
 from accel_hidiff.config import HiDiffusionConfig, check_pixels, check_steps
-from accel_hidiff.control import at_trained_scale, find_controlnets, fitted, runs
+from accel_hidiff.control import at_trained_scale, find_controlnets, fitted
 from accel_hidiff.errors import AccelHiDiffError, BadInput, NoPhase, NotAPipeline, SizeWarning
 from accel_hidiff.families import Family
 from accel_hidiff.forwards import (
@@ -36,7 +36,7 @@ from accel_hidiff.forwards import (
 from accel_hidiff.recognize import Recognized, recognize
 from accel_hidiff.schedule import LATENT_CELL, PhasePlan, plan_latent, plan_pixels, running_steps
 from accel_hidiff.shifts import check_shifts, window_shifts
-from accel_hidiff.sizes import odd_window_notice, suggest_latent
+from accel_hidiff.sizes import control_size, odd_window_notice, suggest_latent
 from accel_hidiff.undo import UndoLog, refuse_copy
 
 RegionLayer = Callable[["Patch", UndoLog], None]
@@ -65,6 +65,7 @@ class Patch:
         self.task = model.task
         self.evidence = model.evidence
         self.controlnets = find_controlnets(pipe)
+        self.control_ratio = self.config.control_ratio if self.config.is_active else 1.0
         self.scope = CallScope()
         self.runner: UNetRunner | None = None
         self.clock: PipelineClock | None = None
@@ -92,8 +93,12 @@ class Patch:
         steps = running_steps(num_inference_steps, strength)
         return plan_pixels(self.family, self.layout, height, width, steps, self.config, self.task)
 
+    def control_size(self, height: int, width: int) -> tuple[int, int]:
+        """The latent size at which ControlNets run for a request of a latent size."""
+        return control_size(self.family.control_side, height, width) if self.config.is_active else (height, width)
+
     def suggest_size(self, height: int, width: int, num_inference_steps: int = 50) -> tuple[int, int]:
-        """The nearest (height, width) in pixels without a resize in window attention; see `accel_hidiff.suggest_size`."""
+        """The nearest (height, width) in pixels without a resize in window attention; see `ah.suggest_size`."""
         check_pixels(height, width)
         check_steps(num_inference_steps)
         cells = height // LATENT_CELL, width // LATENT_CELL
@@ -177,8 +182,7 @@ class Patch:
                 raise AccelHiDiffError(
                     f"{path}: this ControlNet is patched with another UNet already; remove HiDiffusion there first"
                 )
-            ratio = self.config.control_ratio
-            forward = at_trained_scale(net.forward, self.family, ratio, lambda timestep: self._where(timestep)[0])
+            forward = at_trained_scale(net.forward, self)
             undo.replace(net, "forward", forward, f"trained scale of {path}")
             undo.replace(net, _PATCH, self, "patch record")
         if pipe is not None:
@@ -206,6 +210,14 @@ class Patch:
 
         return forward
 
+    def controls(self, position: StepPosition) -> bool:
+        """Whether ControlNets run in a step: in the first `control_ratio` of all."""
+        return position.step < self.control_ratio * position.num_steps
+
+    def position(self, timestep: Any) -> StepPosition:
+        """The step of a call with this timestep; NoPhase where nobody names one."""
+        return self._where(timestep)[0]
+
     def _where(self, timestep: Any) -> tuple[StepPosition, int | None, tuple[int, ...] | None]:
         """(step, seed of the request, shifts given by hand) of a call with this timestep."""
         if self._request.by_hand is not None:
@@ -223,7 +235,7 @@ class Patch:
         """The call, and whether residuals of a ControlNet count in it."""
         position, seed, shifts = self._where(timestep)
         step, num_steps = position
-        controlled = not self.controlnets or runs(position, self.config.control_ratio)
+        controlled = not self.controlnets or self.controls(position)
         height, width = sample.shape[-2:]
         plan = plan_latent(self.family, self.layout, height, width, num_steps, self.config, self.task)
         topology = plan.at(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +13,15 @@ import torch
 
 from accel_hidiff.backends import create_backend
 from accel_hidiff.binder import Binder
-from accel_hidiff.config import HiDiffusionConfig, check_choice, check_pixels, check_steps
-from accel_hidiff.dispatch import ON_MISS, REGIONS, SHAPES, Dispatcher
+from accel_hidiff.config import HiDiffusionConfig, check_choice, check_pixels
+from accel_hidiff.control import find_controlnets
+from accel_hidiff.dispatch import ON_MISS, Dispatcher, Graphs
 from accel_hidiff.errors import BadInput
 from accel_hidiff.explain import ExplainRow, Explanation, PrecompileEvent, PrecompileReport
 from accel_hidiff.patching import Patch, find_unet, install
-from accel_hidiff.regions import RegionGraph, Sizes
-from accel_hidiff.schedule import LATENT_CELL
+from accel_hidiff.regions import RegionGraph
+from accel_hidiff.schedule import LATENT_CELL, Phase, control_steps, running_steps
+from accel_hidiff.served import REGIONS, ServedControlNet, ServedDecoder, ServedUNet
 from accel_hidiff.stats import Stats
 from accel_hidiff.topology import Topology
 from accel_hidiff.undo import UndoLog
@@ -28,9 +31,10 @@ DEFAULT_REGIONS = "blocks"
 DEFAULT_SHAPES = "symbolic"
 _NO_HIDIFFUSION = HiDiffusionConfig(windowed=False, pooled=False, dilated=False)
 _HANDLE = "_accel_hidiff_handle"
+SHAPES = ("symbolic", "exact")
+_TEXT_TOKENS = 77  # of CLIP
 
 Progress = Callable[[PrecompileEvent], None]
-Graphs = list[tuple[RegionGraph, Sizes]]
 
 
 class Handle:
@@ -41,13 +45,26 @@ class Handle:
         patch: the HiDiffusion patch on its UNet.
         cache: the compile cache, None where the backend keeps nothing.
         stats: counters, see `accel_hidiff.stats.Stats`.
+        meant_for: the device that a pipeline without weights (on torch's "meta" device) is looked at for.
     """
 
-    def __init__(self, pipe: Any, patch: Patch, dispatcher: Dispatcher, undo: UndoLog) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        dispatcher: Dispatcher,
+        unet: ServedUNet,
+        controlnets: Sequence[ServedControlNet],
+        decoder: ServedDecoder,
+        undo: UndoLog,
+    ) -> None:
         self.pipe = pipe
-        self.patch = patch
+        self.patch: Patch = unet.patch
         self._dispatcher = dispatcher
+        self._unet = unet
+        self._controlnets = controlnets
+        self._decoder = decoder
         self._undo = undo
+        self.meant_for: torch.device | None = None
 
     @property
     def stats(self) -> Stats:
@@ -65,14 +82,16 @@ class Handle:
         num_inference_steps: int = 30,
         *,
         batch_sizes: Sequence[int] = (1, 2),
+        strength: float = 1.0,
         progress: Progress | None = None,
     ) -> PrecompileReport:
         """Compiles every graph that requests of these sizes need, into the cache. Can be stopped and called again.
 
         Args:
             sizes: (height, width) in pixels, multiples of 8.
-            num_inference_steps: UNet steps of a request, at least 1: they decide which topologies occur.
+            num_inference_steps: steps of a request's schedule, at least 1: they decide which topologies occur.
             batch_sizes: UNet batches, guidance counted (1 image with guidance: 2).
+            strength: of image-to-image and inpainting requests.
             progress: called once before and once after each artifact.
 
         Raises:
@@ -81,12 +100,13 @@ class Handle:
             compile_cache.CacheWriteError: the cache cannot be written.
         """
         start = time.perf_counter()
-        checked = self._check(sizes, num_inference_steps, batch_sizes)
+        checked = self._check(sizes, batch_sizes)
+        steps = running_steps(num_inference_steps, strength)
         binder = self._dispatcher.binder
         if binder.cache is not None and binder.backend.persistent:
             binder.cache.require_writable()
         with _decoder_precision(self.pipe, self._dispatcher):
-            calls = list(self._all_graphs(checked, num_inference_steps, batch_sizes))
+            calls = list(self._all_graphs(checked, steps, batch_sizes))
             distinct: dict[str, RegionGraph] = {}
             for graphs in calls:
                 for graph, _ in graphs:
@@ -116,7 +136,12 @@ class Handle:
         )
 
     def load(
-        self, sizes: Sequence[tuple[int, int]], num_inference_steps: int = 30, *, batch_sizes: Sequence[int] = (1, 2)
+        self,
+        sizes: Sequence[tuple[int, int]],
+        num_inference_steps: int = 30,
+        *,
+        batch_sizes: Sequence[int] = (1, 2),
+        strength: float = 1.0,
     ) -> None:
         """Loads and binds every graph that requests of these sizes need, so that the first request finds them ready.
 
@@ -127,47 +152,51 @@ class Handle:
             GraphMiss: a graph is missing under `on_miss="error"`.
         """
         with _decoder_precision(self.pipe, self._dispatcher):
-            checked = self._check(sizes, num_inference_steps, batch_sizes)
-            for graphs in self._all_graphs(checked, num_inference_steps, batch_sizes):
+            checked = self._check(sizes, batch_sizes)
+            for graphs in self._all_graphs(checked, running_steps(num_inference_steps, strength), batch_sizes):
                 self._dispatcher.load(graphs)
 
     @staticmethod
-    def _check(
-        sizes: Sequence[tuple[int, int]], num_inference_steps: int, batch_sizes: Sequence[int]
-    ) -> list[tuple[int, int]]:
+    def _check(sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int]) -> list[tuple[int, int]]:
         checked = [check_pixels(height, width) for height, width in sizes]
         if not checked:
             raise BadInput("sizes: expected at least one (height, width), got none")
         if not batch_sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batch_sizes):
             raise BadInput(f"batch_sizes: expected integers of at least 1, got {batch_sizes!r}")
-        check_steps(num_inference_steps)
         return checked
 
-    def explain(self, height: int, width: int, num_inference_steps: int = 30, *, batch: int = 2) -> Explanation:
+    def explain(
+        self, height: int, width: int, num_inference_steps: int = 30, *, batch: int = 2, strength: float = 1.0
+    ) -> Explanation:
         """Which graph runs at which step of a request, and whether it is there. Compiles and loads nothing.
 
         Args:
             height, width: image size in pixels, multiples of 8.
-            num_inference_steps: UNet steps that run.
+            num_inference_steps: steps of the request's schedule.
             batch: UNet batch, guidance counted.
+            strength: of image-to-image and inpainting, the share of the steps that runs.
 
         Raises:
-            BadInput: a size or a step count that cannot be.
+            BadInput: a size, a step count or a strength that cannot be.
         """
-        plan = self.patch.plan(height, width, num_inference_steps)
+        check_pixels(height, width)
+        steps = running_steps(num_inference_steps, strength)
         self._dispatcher.refresh()
         rows = []
-        states: dict[Topology, ExplainRow] = {}
-        for phase in plan:
-            if phase.topology not in states:
-                graphs = self._unet_graphs(phase.topology, height, width, batch)
-                states[phase.topology] = self._row("", str(phase.topology), graphs)
-            row = states[phase.topology]
+        states: dict[tuple[Any, bool], ExplainRow] = {}
+        for phase, controlled in self._phases(height, width, steps):
+            if (phase.topology, controlled) not in states:
+                graphs = self._unet_graphs(phase.topology, height, width, batch, controlled)
+                states[phase.topology, controlled] = self._row("", str(phase.topology), graphs)
+            row = states[phase.topology, controlled]
             rows.append(ExplainRow(**{**vars(row), "steps": f"[{phase.start}, {phase.stop})"}))
+        for net in self._controlnets:
+            span = f"[0, {control_steps(steps, self.patch.control_ratio)})"
+            rows.append(self._row(span, net.name, self._controlnet_graphs(net, height, width, batch)))
         with _decoder_precision(self.pipe, self._dispatcher):
-            if (decoder := self._decoder_graph(height, width, 1)) is not None:
-                rows.append(self._row("after", "VAE decoder", [decoder]))
-        return Explanation(height, width, num_inference_steps, tuple(rows))
+            if decoder := self._decoder_graphs(height, width, 1):
+                rows.append(self._row("after", "VAE decoder", decoder))
+        return Explanation(height, width, steps, f"{self.patch.family.name} ({self.patch.evidence})", tuple(rows))
 
     def remove(self) -> Any:
         """Takes everything off; the pipeline is then bit for bit what it was. Returns the pipeline.
@@ -183,33 +212,60 @@ class Handle:
     def __repr__(self) -> str:
         binder = self._dispatcher.binder
         return (
-            f"Handle(backend={binder.backend.name!r}, regions={self._dispatcher.regions_option!r}, "
+            f"Handle(backend={binder.backend.name!r}, regions={'whole' if self._unet.whole else 'blocks'!r}, "
             f"shapes={binder.shapes!r}, on_miss={self._dispatcher.on_miss!r}, {self.patch!r})"
         )
 
-    def _all_graphs(self, sizes: Sequence[tuple[int, int]], num_steps: int, batches: Sequence[int]) -> Iterator[Graphs]:
+    def _all_graphs(self, sizes: Sequence[tuple[int, int]], steps: int, batches: Sequence[int]) -> Iterator[Graphs]:
         for height, width in sizes:
+            kinds = dict.fromkeys((phase.topology, cut) for phase, cut in self._phases(height, width, steps))
             for batch in batches:
-                for topology in self.patch.plan(height, width, num_steps).topologies:
-                    yield self._unet_graphs(topology, height, width, batch)
-            if (decoder := self._decoder_graph(height, width, 1)) is not None:
-                yield [decoder]
+                for topology, controlled in kinds:
+                    yield self._unet_graphs(topology, height, width, batch, controlled)
+                for net in self._controlnets:
+                    yield self._controlnet_graphs(net, height, width, batch)
+            if decoder := self._decoder_graphs(height, width, 1):
+                yield decoder
 
-    def _unet_graphs(self, topology: Topology, height: int, width: int, batch: int) -> Graphs:
+    def _phases(self, height: int, width: int, steps: int) -> Iterator[tuple[Phase, bool]]:
+        """The phases of a request, and whether a graph takes ControlNet residuals in them: only a whole UNet does, so
+        that only there a phase is cut where the ControlNets stop."""
+        stop = control_steps(steps, self.patch.control_ratio) if self._controlnets and self._unet.whole else 0
+        for phase in self.patch.plan(height, width, steps):
+            if phase.start < stop:
+                yield Phase(phase.start, min(phase.stop, stop), phase.topology), True
+            if phase.stop > stop:
+                yield Phase(max(phase.start, stop), phase.stop, phase.topology), False
+
+    def _unet_graphs(self, topology: Topology, height: int, width: int, batch: int, controlled: bool = False) -> Graphs:
         unet = self.pipe.unet
-        cells = height // LATENT_CELL, width // LATENT_CELL
-        return self._dispatcher.region_graphs(topology, *cells, batch, self._tokens(), unet.dtype, unet.device)
+        sizes = height // LATENT_CELL, width // LATENT_CELL, batch, self._tokens()
+        device = self._device(unet)
+        return self._unet.graphs(topology, *sizes, dtype=unet.dtype, device=device, controlled=controlled)
 
-    def _decoder_graph(self, height: int, width: int, batch: int) -> tuple[RegionGraph, Sizes] | None:
+    def _controlnet_graphs(self, net: ServedControlNet, height: int, width: int, batch: int) -> Graphs:
+        cells = self.patch.control_size(height // LATENT_CELL, width // LATENT_CELL)
+        model = net.net
+        return net.graphs(*cells, batch, self._tokens(), dtype=model.dtype, device=self._device(model))
+
+    def _decoder_graphs(self, height: int, width: int, batch: int) -> Graphs:
         vae = getattr(self.pipe, "vae", None)
         if vae is None:
-            return None
+            return []
         cells = height // LATENT_CELL, width // LATENT_CELL
-        return self._dispatcher.decoder_graph(*cells, batch, vae.dtype, vae.device)
+        return self._decoder.graphs(*cells, batch, dtype=vae.dtype, device=self._device(vae))
+
+    def _device(self, model: Any) -> torch.device:
+        """Where a model runs: where it is, or where it is meant to be while it is only a skeleton."""
+        return self.meant_for if model.device.type == "meta" and self.meant_for is not None else model.device
 
     def _tokens(self) -> int:
+        """Length of the text that the pipeline gives its UNet: what its call says, else its tokenizer."""
+        longest = inspect.signature(type(self.pipe).__call__).parameters.get("max_sequence_length")
+        if longest is not None and isinstance(longest.default, int):
+            return longest.default
         tokenizer = getattr(self.pipe, "tokenizer", None) or getattr(self.pipe, "tokenizer_2", None)
-        return int(getattr(tokenizer, "model_max_length", 77))
+        return int(getattr(tokenizer, "model_max_length", _TEXT_TOKENS))
 
     def _row(self, steps: str, topology: str, graphs: Graphs) -> ExplainRow:
         binder = self._dispatcher.binder
@@ -290,15 +346,25 @@ def accelerate(
         cache = CompileCache(cache)
     if (previous := vars(pipe).get(_HANDLE)) is not None:
         previous.remove()
-    if regions == "whole" and unet.config.addition_embed_type != "text_time":
-        raise BadInput('regions: expected "blocks" for a UNet without SDXL\'s added conditions, got "whole"')
-    binder = Binder(cache, chosen, shapes, Stats())
-    dispatcher = Dispatcher(binder, on_miss, regions, _hint(cache))
-    undo = UndoLog()
-    patch = install(pipe, hidiffusion or _NO_HIDIFFUSION, family, task, dispatcher.install_unet)
+    if regions == "whole" and unet.config.addition_embed_type not in (None, "text_time"):
+        raise BadInput(
+            'regions: expected "blocks" for a UNet with added conditions other than SDXL\'s, '
+            f'got "whole" and addition_embed_type {unet.config.addition_embed_type!r}'
+        )
+    dispatcher = Dispatcher(Binder(cache, chosen, shapes, Stats()), on_miss, _hint(cache))
+    served_unet = ServedUNet(dispatcher, regions)
+    served_nets = [ServedControlNet(dispatcher, path, net, regions) for path, net in find_controlnets(pipe).items()]
+
+    def region_layer(patch: Patch, undo: UndoLog) -> None:
+        served_unet.install(patch, undo)
+        for net in served_nets:
+            net.install(patch, undo)
+
+    install(pipe, hidiffusion or _NO_HIDIFFUSION, family, task, region_layer)
+    undo, decoder = UndoLog(), ServedDecoder(dispatcher)
     if getattr(pipe, "vae", None) is not None and hasattr(pipe.vae, "decoder"):
-        dispatcher.install_decoder(pipe.vae, undo)
-    handle = Handle(pipe, patch, dispatcher, undo)
+        decoder.install(pipe.vae, undo)
+    handle = Handle(pipe, dispatcher, served_unet, served_nets, decoder, undo)
     undo.replace(pipe, _HANDLE, handle, "handle")
     return handle
 

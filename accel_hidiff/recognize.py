@@ -1,7 +1,7 @@
 """What a model is, told from its structure, its scheduler and its pipeline's signature; never from a name. No torch.
 
-The block types give the layout (`families.identify`). Models that share SDXL's layout and want another plan are told from
-what they must ship with to work at all: Playground v2.5 its EDM scheduler, or the statistics of its VAE's latents;
+The block types give the layout (`families.identify`). Models that share SDXL's layout and want another plan are told
+from what they must ship with to work at all: Playground v2.5 its EDM scheduler, or the statistics of its VAE's latents;
 distilled models (Turbo, Lightning, LCM) the scheduler of their few steps. Each can be stated instead.
 """
 

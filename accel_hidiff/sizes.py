@@ -15,7 +15,7 @@ _SEARCH = 16  # latent cells in each direction; every multiple of 8 cells is eve
 def odd_windows(family: Family, layout: Layout, height: int, width: int, topology: Topology) -> dict[str, Size]:
     """The windowed transformers whose feature map has an odd side, with its (height, width), by module path.
 
-    Such a map is resized bicubically to even sides and back around its attention. `height` and `width` are latent sizes.
+    Such a map is resized bicubically to even sides and back around its attention. Sizes are latent.
     """
     if not topology.windowed:
         return {}

@@ -69,8 +69,8 @@ def load_worker(config: dict[str, Any]) -> dict[str, Any]:
             for step in h.topology_steps(handle.patch, size).values():
                 with handle.patch.phase(step=step, num_steps=h.NUM_STEPS):
                     given.call(pipe.unet)
-        decoders = [handle._decoder_graph(size.height, size.width, 1) for size in sizes]
-        handle._dispatcher.binder.bind_all(decoders, compile_missing=False)  # without decoding anything
+        # The decoders too, without decoding anything.
+        handle.load([(size.height, size.width) for size in sizes], h.NUM_STEPS, batch_sizes=[h.GUIDANCE_BATCH])
     bound = time.perf_counter()
     stats = handle.stats
     if stats.compiles or stats.eager_calls or not stats.bindings:

@@ -79,12 +79,10 @@ def calls(unet: Callable[..., Any], inputs: list[h.UNetInputs]) -> Callable[[], 
 
 def region_calls(handle: ah.Handle, trivial: h.TrivialUNet, size: h.Size) -> dict[str, Callable[[], None]]:
     """All regions of one UNet call over stand-ins for their packages; and the stand-ins alone."""
-    dispatcher, patch = handle._dispatcher, handle.patch
+    patch = handle.patch
     unet = patch.unet
     topology = next(iter(patch.plan(size.height, size.width, 1))).topology
-    graphs = dispatcher.region_graphs(
-        topology, size.height // 8, size.width // 8, h.GUIDANCE_BATCH, 77, unet.dtype, unet.device
-    )
+    graphs = handle._unet_graphs(topology, size.height, size.width, h.GUIDANCE_BATCH)
     bound, wrapped, alone = {}, [], []
 
     def package(image: Tensor, *rest: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ def region_calls(handle: ah.Handle, trivial: h.TrivialUNet, size: h.Size) -> dic
 
     for graph, sizes in graphs:
         region = graph.region
-        image, text, *_ = region.example(sizes, unet.dtype, unet.device)
+        image, text, *_ = region.example(graph.traits, sizes, unet.dtype, unet.device)
         bound[region.path] = BoundCall(BoundRegion(package, graph.bucket), region, sizes)
         if isinstance(region, TransformerRegion):
             named: dict[str, Any] = {"encoder_hidden_states": text, "return_dict": False}
@@ -177,11 +175,9 @@ def main() -> None:
                 request_check_us=h.rounded(request.cpu_median / REQUESTS * 1e6 - patched.cpu_median / CALLS * 1e6, 3),
             )  # fmt: skip
         times = h.interleave(region_calls(handle, trivial, many_sizes(1)[0]), options.repeats, warmup=1)
-        regions = len(handle._dispatcher.regions)
+        regions = len(handle._unet.regions)
         spent = (times["wrappers"].cpu_median - times["alone"].cpu_median) / REGION_CALLS * 1e6
-        report.add(
-            regions=regions, region_dispatch_us=h.rounded(spent, 3), per_region_us=h.rounded(spent / regions, 3)
-        )
+        report.add(regions=regions, region_dispatch_us=h.rounded(spent, 3), per_region_us=h.rounded(spent / regions, 3))
 
 
 if __name__ == "__main__":

@@ -71,12 +71,8 @@ def load_everything(pipe: Any, cache: str, sizes: list[h.Size]) -> ah.Handle:
     """Binds every region of every topology, and the decoder; runs nothing."""
     options: dict[str, Any] = {"hidiffusion": ah.HiDiffusionConfig(), "cache": CompileCache(cache), "on_miss": "error"}
     handle = ah.accelerate(pipe, **options)
-    graphs = [handle._decoder_graph(size.height, size.width, 1) for size in sizes]
-    for size in sizes:
-        for topology in handle.patch.plan(size.height, size.width, REQUEST_STEPS).topologies:
-            graphs += handle._unet_graphs(topology, size.height, size.width, h.GUIDANCE_BATCH)
     with torch.no_grad():
-        handle._dispatcher.binder.bind_all(graphs, compile_missing=False)
+        handle.load([(size.height, size.width) for size in sizes], REQUEST_STEPS, batch_sizes=[h.GUIDANCE_BATCH])
     return handle
 
 

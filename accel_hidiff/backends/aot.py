@@ -35,7 +35,15 @@ OPTIONS: dict[str, bool | int | str] = {
     "cpp.dynamic_threads": True,  # else the compiling machine's thread count is baked into the code
 }
 _PACKAGE = "package.pt2"
-_GRAPH_SOURCES = ("regions.py", "windows.py", "forwards.py", "patching.py", "call.py", "backends/aot.py")
+_GRAPH_SOURCES = (
+    "regions/base.py",
+    "regions/blocks.py",
+    "regions/whole.py",
+    "windows.py",
+    "forwards.py",
+    "call.py",
+    "backends/aot.py",
+)
 
 
 class AOTBackend:
@@ -64,7 +72,10 @@ class AOTBackend:
             nonlocal compiled
             compiled = True
             _compile(graph, program, directory / _PACKAGE)
-            _try_load(graph, directory / _PACKAGE)
+            # Processes that compile one graph at once share Inductor's own files, and can leave a package with
+            # half-written ones: what does not load is not stored.
+            advice = "nothing was stored: compile again, alone or with another TORCHINDUCTOR_CACHE_DIR"
+            _load(graph, directory / _PACKAGE, advice)
             return {"region": graph.region.kind, "serves": served.to_json(), "inputs": inputs}
 
         entry = cache.link(action, cache.get_or_build(content, build))
@@ -76,13 +87,8 @@ class AOTBackend:
 
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         assert entry is not None, "a persistent backend binds a cache entry"
-        try:
-            package = _load(_unpacked(entry), graph.device)
-        except RuntimeError as problem:
-            raise CompileFailed(
-                f"{graph.region.path}: expected artifact {entry.digest[:12]} to load, got: "
-                f"{str(problem).strip().splitlines()[0]}; delete it from the cache and compile again"
-            ) from problem
+        advice = f"delete artifact {entry.digest[:12]} from the cache and compile again"
+        package = _load(graph, _unpacked(entry), advice)
         module = graph.region.graph_module(graph.traits)
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         names = package.get_constant_fqns()
@@ -95,15 +101,15 @@ class AOTBackend:
         package.load_constants(bound, False, True, user_managed=True)  # all of the active buffer
         run = package.boxed_run
 
-        def call(*inputs: Tensor) -> Tensor:
-            out: Tensor = run(list(inputs))[0]
-            return out
+        def call(*inputs: Tensor) -> Any:
+            out = run(list(inputs))
+            return out[0] if len(out) == 1 else tuple(out)
 
         return BoundRegion(call, self.served(entry), (package, bound))
 
 
-def _load(path: Path, device: torch.device) -> Any:
-    """Loads a package by torch's C++ loader.
+def _load(graph: RegionGraph, path: Path, advice: str) -> Any:
+    """Loads a package by torch's C++ loader; CompileFailed, with the advice, where it does not load.
 
     `torch._inductor.aoti_load_package` wraps the same loader, but first probes the vector instructions of this CPU, for
     a log line, by compiling and running programs: a serving process has no use for a compiler. What it would compare
@@ -111,7 +117,11 @@ def _load(path: Path, device: torch.device) -> Any:
     """
     run_single_threaded, num_runners = False, 1
     loader = torch._C._aoti.AOTIModelPackageLoader
-    return loader(str(path), "model", run_single_threaded, num_runners, _device_index(device))
+    try:
+        return loader(str(path), "model", run_single_threaded, num_runners, _device_index(graph.device))
+    except RuntimeError as problem:
+        got = str(problem).strip().splitlines()[0]
+        raise CompileFailed(f"{graph.region.path}: expected a package that loads, got: {got}; {advice}") from problem
 
 
 def _device_index(device: torch.device) -> int:
@@ -146,7 +156,8 @@ def _export(graph: RegionGraph) -> tuple[torch.export.ExportedProgram, list[Any]
         multiple = graph.bucket.dims[name].multiple
         return dims[name] if multiple == 1 else multiple * dims[name]
 
-    axes = [{axis: symbol(name) for axis, name in axes.items() if name in dims} for axes in graph.region.axes]
+    named = graph.region.axes(graph.traits)
+    axes = [{axis: symbol(name) for axis, name in axes.items() if name in dims} for axes in named]
     shapes = (tuple(axes[: len(example)]) + ({},) * (len(example) - len(axes)),) if dims else None
     try:
         with torch.no_grad():
@@ -173,7 +184,7 @@ def _served_bucket(graph: RegionGraph, program: torch.export.ExportedProgram) ->
         if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
     ]
     dims = dict(graph.bucket.dims)
-    for tensor, axes in zip(inputs, graph.region.axes, strict=False):
+    for tensor, axes in zip(inputs, graph.region.axes(graph.traits), strict=False):
         for axis, name in axes.items():
             size = tensor.shape[axis]
             if isinstance(size, int):
@@ -229,19 +240,6 @@ def _compile(graph: RegionGraph, program: torch.export.ExportedProgram, path: Pa
         raise CompileFailed(
             f"{graph.region.path}: AOTInductor failed: {type(problem).__name__}: {lines[0] if lines else ''}; "
             "`accel-hidiff doctor` tells whether a compiler is usable here"
-        ) from problem
-
-
-def _try_load(graph: RegionGraph, path: Path) -> None:
-    """A package that does not load is not stored. Processes that compile one graph at once share Inductor's own files,
-    and can leave a package with half-written ones."""
-    try:
-        _load(path, graph.device)
-    except RuntimeError as problem:
-        raise CompileFailed(
-            f"{graph.region.path}: expected a package that loads, got one that does not: "
-            f"{str(problem).strip().splitlines()[0]}; nothing was stored: compile again, alone or with another "
-            "TORCHINDUCTOR_CACHE_DIR"
         ) from problem
 
 

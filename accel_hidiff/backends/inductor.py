@@ -41,10 +41,9 @@ class InductorBackend:
         compiled: Any = torch.compile(_own_code(module), dynamic=None if _all_exact(graph) else True)
         scope = graph.region.scope
 
-        def run(*tensors: torch.Tensor) -> torch.Tensor:
+        def run(*tensors: torch.Tensor) -> Any:
             with nullcontext() if scope is None else scope.opened(None):  # what surrounds the call is no guard
-                out: torch.Tensor = compiled(*tensors)
-            return out
+                return compiled(*tensors)
 
         try:
             with torch.no_grad():

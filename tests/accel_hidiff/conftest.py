@@ -150,7 +150,7 @@ class Golden:
 
     def unet(self, arch: str) -> UNet2DConditionModel:
         """The UNet of an arch, float32."""
-        weights = load_file(self.folder / f"weights_{arch.split('_')[0]}.safetensors")
+        weights = load_file(self.folder / f"weights_{arch.split('_', maxsplit=1)[0]}.safetensors")
         if arch == "sdxl_inpaint":
             weights |= load_file(self.folder / "weights_sdxl_inpaint_delta.safetensors")
         unet = UNet2DConditionModel(**self.unet_configs[arch]).eval()

@@ -90,7 +90,7 @@ def test_steps_may_be_asked_for_in_any_order_and_of_a_new_scheduler() -> None:
 
 
 def test_somebody_elses_request_starts_at_its_first_call() -> None:
-    """An image-to-image pipeline on the same components: a new schedule, entered in its middle; and then from its start."""
+    """An image-to-image pipeline on the same components enters a new schedule in its middle; a loop, at its start."""
     pipe = Pipe(torch.arange(10), num_timesteps=4)
     clock = PipelineClock(pipe)
     clock.begin(3)

@@ -111,7 +111,7 @@ def test_windowed_blocks_are_found_in_call_order(golden: Any, name: str) -> None
 @pytest.mark.parametrize("mode", MODES)
 def test_phases_are_those_of_the_official_modules(golden: Any, mode: str) -> None:
     options = golden.options(mode)
-    arch = "sdxl_inpaint" if "inpainting" in mode else mode.split("_")[0]
+    arch = "sdxl_inpaint" if "inpainting" in mode else mode.split("_", maxsplit=1)[0]
     layout = Layout.from_config(golden.unet_configs[arch])
     family = identify(layout, options["family"])
     config = HiDiffusionConfig(aggressive=options["aggressive"])
@@ -119,7 +119,7 @@ def test_phases_are_those_of_the_official_modules(golden: Any, mode: str) -> Non
         "sd15_1024": ((64, 64), (255, 700), (700, 255), (96, 168)),
         "sd15_2048": ((256, 256), (300, 257)),
         "sdxl_4096": ((512, 512), (600, 520)),
-    }.get(mode.split(" ")[0], ((128, 128), (511, 700), (700, 511), (96, 168)))
+    }.get(mode.split(" ", maxsplit=1)[0], ((128, 128), (511, 700), (700, 511), (96, 168)))
     rows = golden.phase_table[mode]
     assert [int(n) for n in rows] == [*range(1, 61), 75, 100]
     for steps, (dilated, pooled) in rows.items():

@@ -14,13 +14,8 @@ from accel_hidiff.topology import Topology
 from compile_cache import Range, ShapeBucket
 
 BLOCKS_REFUSE = ("cross_attention_kwargs", "attention_mask", "encoder_attention_mask", "image_embeds")
-ONLY_WHOLE_REFUSES = (
-    "class_labels",
-    "timestep_cond",
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-)
+ONLY_WHOLE_REFUSES = ("class_labels", "timestep_cond", "down_intrablock_additional_residuals", "guess_mode")
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 
 
 def facts(**changes: Any) -> CallFacts:
@@ -30,13 +25,13 @@ def facts(**changes: Any) -> CallFacts:
 
 @pytest.mark.parametrize("regions", ["blocks", "whole"])
 def test_an_ordinary_call_is_accepted(regions: str) -> None:
-    assert judge_call(facts(), regions) is ACCEPT
-    assert judge_call(facts(extras=("added_cond_kwargs", "return_dict")), regions) == Accept()
+    assert judge_call(facts(whole=regions == "whole")) is ACCEPT
+    assert judge_call(facts(tokens=256)) == Accept()
 
 
 @pytest.mark.parametrize("topology", [Topology(*flags) for flags in product((False, True), repeat=3)], ids=str)
 def test_no_topology_is_refused(topology: Topology) -> None:
-    assert judge_call(facts(topology=topology), "blocks") is ACCEPT
+    assert judge_call(facts(topology=topology)) is ACCEPT
 
 
 @pytest.mark.parametrize("regions", ["blocks", "whole"])
@@ -49,24 +44,29 @@ def test_no_topology_is_refused(topology: Topology) -> None:
     ],
 )
 def test_what_graphs_do_not_have_is_refused_with_what_to_do(regions: str, change: dict[str, Any], reason: str) -> None:
-    decision = judge_call(facts(**change), regions)
+    decision = judge_call(facts(whole=regions == "whole", **change))
     assert isinstance(decision, Reject)
     assert re.search(reason, decision.reason)
 
 
 @pytest.mark.parametrize("name", BLOCKS_REFUSE)
 def test_what_changes_blocks_is_refused_everywhere(name: str) -> None:
-    for regions in ("blocks", "whole"):
-        decision = judge_call(facts(extras=("added_cond_kwargs", name)), regions)
+    for whole in (False, True):
+        decision = judge_call(facts(extras=(name,), whole=whole))
         assert isinstance(decision, Reject) and name in decision.reason
         assert "regions=" not in decision.reason, "no other choice of regions would help"
 
 
 @pytest.mark.parametrize("name", ONLY_WHOLE_REFUSES)
 def test_what_enters_between_blocks_is_refused_for_the_whole_unet_only(name: str) -> None:
-    assert judge_call(facts(extras=(name,)), "blocks") is ACCEPT
-    decision = judge_call(facts(extras=(name,)), "whole")
+    assert judge_call(facts(extras=(name,))) is ACCEPT
+    decision = judge_call(facts(extras=(name,), whole=True))
     assert isinstance(decision, Reject) and name in decision.reason and 'regions="blocks" serves it' in decision.reason
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_residuals_of_a_controlnet_are_inputs_of_every_graph(whole: bool) -> None:
+    assert judge_call(facts(extras=RESIDUALS, whole=whole)) is ACCEPT
 
 
 def test_sizes_are_judged_by_the_bucket_of_the_artifact() -> None:

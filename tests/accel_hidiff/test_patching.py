@@ -577,7 +577,7 @@ def test_every_call_knows_its_step_with_every_scheduler(pipe: Any, generate: Any
     if name == "DPMSolverSDEScheduler":
         pytest.importorskip("torchsde", reason="DPMSolverSDEScheduler needs torchsde")
     patch = ah.apply_hidiffusion(pipe)
-    pipe.scheduler = getattr(diffusers, name.split()[0]).from_config(pipe.scheduler.config, **options)
+    pipe.scheduler = getattr(diffusers, name.split(maxsplit=1)[0]).from_config(pipe.scheduler.config, **options)
     for steps in (5, 8, 7):
         positions.clear()
         calls = recorded_calls(pipe, lambda steps=steps: generate(pipe, steps=steps, seed=2))

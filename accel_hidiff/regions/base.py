@@ -1,0 +1,189 @@
+"""What every region has, and what makes a graph of one: its traits, its bucket, its key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from accel_hidiff.call import CallScope, RegionCall, UNetCall
+from accel_hidiff.families import Size
+from accel_hidiff.fingerprint import fingerprint
+from accel_hidiff.topology import Topology
+from compile_cache import CacheKey, Range, ShapeBucket
+
+Forward = Callable[..., Any]
+Sizes = Mapping[str, int]
+Axes = tuple[dict[int, str], ...]
+
+# Symbolic ranges. 512 latent cells are 4096 pixels; up to batch 8 every tensor index still fits 32 bits there, which
+# keeps the generated index arithmetic cheap.
+SIDE = Range(2, 512)
+EVEN_SIDE = Range(2, 512, 2)
+LATENT_SIDE = Range(16, 512, 8)
+BATCH = Range(1, 8)
+TOKENS = Range(1, 1024)
+
+
+class Region:
+    """One submodule, its eager forward, and how to export it.
+
+    Args:
+        path: unique name, a module path below the pipeline ("unet.mid_block.resnets.0").
+        module: holds the weights.
+        inner: the eager forward that a compiled call replaces, window patches included.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, path: str, module: nn.Module, inner: Forward) -> None:
+        self.path = path
+        self.module: Any = module
+        self.inner = inner
+        self.scope: CallScope | None = None  # where the region's forwards look for their call, if they do
+        self.own_forwards: frozenset[int] = frozenset()
+
+    @cached_property
+    def structure(self) -> str:
+        """Structural fingerprint of the module; UnstableFactor where it has none."""
+        return fingerprint(self.module, self.own_forwards)
+
+    @cached_property
+    def memory_format(self) -> torch.memory_format:
+        """How the region's images lie in memory: as its convolution weights do."""
+        return memory_format_of(self.module)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input image."""
+        return int(self.module.in_channels)
+
+    def forget(self) -> None:
+        """The module's weights were moved or replaced, or its structure changed."""
+        for name in ("structure", "memory_format"):
+            vars(self).pop(name, None)
+
+    def image(self, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An input image of these sizes."""
+        image = torch.randn(sizes["batch"], self.channels, sizes["height"], sizes["width"], dtype=dtype, device=device)
+        return image.contiguous(memory_format=self.memory_format)
+
+    def traits(self, topology: Topology, controlled: bool = False) -> dict[str, Any]:
+        """What changes inside of this region with the topology, and with ControlNet residuals (`controlled`); regions
+        that are left alone share their artifacts."""
+        return {}
+
+    def axes(self, traits: Mapping[str, Any]) -> Axes:
+        """For each input tensor: axis -> dimension name. Inputs past the end have none."""
+        raise NotImplementedError
+
+    def sizes(self, features: Mapping[str, Size], batch: int, tokens: int) -> dict[str, int]:
+        """The sizes of this region's dimensions in one call."""
+        height, width = features[self.path]
+        return {"batch": batch, "height": height, "width": width}
+
+    def ranges(self, traits: Mapping[str, Any]) -> dict[str, Range]:
+        """The widest symbolic range of each dimension; a dimension that is not listed is always exact."""
+        return {"batch": BATCH, "height": SIDE, "width": SIDE}
+
+    def example(
+        self, traits: Mapping[str, Any], sizes: Sizes, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """Input tensors of these sizes."""
+        raise NotImplementedError
+
+    def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
+        """What is exported: a module over the live weights that takes tensors only."""
+        raise NotImplementedError
+
+    def forward_with(self, compiled: RegionCall, call: UNetCall | None, *args: Any, **kwargs: Any) -> Any:
+        """Runs `compiled` in place of the module's forward, whose arguments these are; the forward itself where the
+        arguments are not those of the graph."""
+        raise NotImplementedError
+
+
+class GraphModule(nn.Module):
+    """Calls a function that closes over `module`, so that its weights are named `module.*`."""
+
+    def __init__(self, module: nn.Module, function: Forward) -> None:
+        super().__init__()
+        self.module = module
+        self._function = function
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self._function(*tensors)
+
+
+def memory_format_of(module: nn.Module) -> torch.memory_format:
+    """channels_last if the module's first real convolution is, else contiguous."""
+    for weight in module.parameters():
+        if weight.ndim == 4 and weight.shape[1] > 1 and weight.shape[2] > 1:
+            channels_last = weight.is_contiguous(memory_format=torch.channels_last)
+            return torch.channels_last if channels_last else torch.contiguous_format
+    return torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class RegionGraph:
+    """One static or symbolic graph of one region: what a backend compiles, and what an artifact is keyed by."""
+
+    region: Region
+    traits: Mapping[str, Any]
+    bucket: ShapeBucket
+    example_sizes: Mapping[str, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def key(self, backend_factors: Mapping[str, Any]) -> CacheKey:
+        """The action key: everything that the artifact depends on, from cheap facts, without tracing.
+
+        Raises:
+            UnstableFactor: the region's module has something that cannot be keyed.
+        """
+        return CacheKey(
+            {
+                "region": self.region.kind,
+                "structure": self.region.structure,
+                "traits": dict(self.traits),
+                "bucket": self.bucket.to_json(),
+                "dtype": str(self.dtype),
+                "device": str(self.device) if self.device.index else self.device.type,  # code may name a device index
+                "memory_format": str(self.region.memory_format),
+                **backend_factors,
+            }
+        )
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Input tensors to trace with."""
+        return self.region.example(self.traits, self.example_sizes, self.dtype, self.device)
+
+
+def bucket_of(region: Region, traits: Mapping[str, Any], sizes: Sizes, shapes: str, smallest: int = 1) -> ShapeBucket:
+    """The one bucket that a call falls into.
+
+    Args:
+        smallest: the smallest size that the compiler keeps symbolic; below, sizes are exact.
+        shapes: "symbolic": each dimension takes its widest range where its size is inside, its exact size elsewhere
+            (odd feature maps under window attention); "exact": every dimension exact.
+    """
+    widest = region.ranges(traits) if shapes == "symbolic" else {}
+    ranges = {name: Range(max(r.minimum, smallest), r.maximum, r.multiple) for name, r in widest.items()}
+    return ShapeBucket(
+        {
+            name: ranges[name] if name in ranges and ranges[name].reject(size) is None else Range.exactly(size)
+            for name, size in sizes.items()
+        }
+    )
+
+
+def example_sizes(bucket: ShapeBucket, sizes: Sizes) -> dict[str, int]:
+    """Sizes to trace with: of a symbolic dimension always the same, whatever size asked first, so that keys agree.
+
+    The symbolic dimensions differ from each other and from 0 and 1, which tracing would take for constants.
+    """
+    typical = {"batch": 2, "height": 32, "width": 48, "tokens": 77}
+    return {name: sizes[name] if bucket.dims[name].is_exact else typical[name] for name in sizes}

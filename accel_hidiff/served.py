@@ -1,0 +1,314 @@
+"""The models of a pipeline whose calls compiled graphs serve: its UNet, its ControlNets, its VAE's decoder.
+
+Each knows its regions, puts itself in the place of the module's forward, and tells the dispatcher which graph a call
+needs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from accel_hidiff.call import UNetCall
+from accel_hidiff.control import DOWN
+from accel_hidiff.dispatch import Dispatcher, Graphs
+from accel_hidiff.families import Layout, feature_sizes
+from accel_hidiff.forwards import Forward
+from accel_hidiff.guard import CallFacts
+from accel_hidiff.patching import Patch
+from accel_hidiff.regions import (
+    ControlNetRegion,
+    DecoderRegion,
+    Region,
+    ResnetRegion,
+    TransformerRegion,
+    UNetRegion,
+    find_blocks,
+    is_whole_controlnet,
+)
+from accel_hidiff.topology import PLAIN, Topology
+from accel_hidiff.undo import UndoLog
+
+REGIONS = ("blocks", "whole")
+UNET, DECODER = "unet", "vae.decoder"
+
+
+class ServedUNet:
+    """The UNet of a patch. `install` is the patch's region layer: above window attention, below pool and resize."""
+
+    def __init__(self, dispatcher: Dispatcher, regions: str) -> None:
+        self.dispatcher = dispatcher
+        self.whole = regions == "whole"
+        self.regions: list[Region] = []
+        self._patch: Patch | None = None
+
+    @property
+    def patch(self) -> Patch:
+        """The patch that it is installed with."""
+        assert self._patch is not None, "served models are installed first"
+        return self._patch
+
+    def install(self, patch: Patch, undo: UndoLog) -> None:
+        """Replaces the forwards of the regions, and takes over the UNet's calls."""
+        self._patch = patch
+        patch.runner = self.run
+        unet = patch.unet
+        if self.whole:
+            blocks = len(patch.windowed_blocks)
+            self.regions = [UNetRegion(UNET, unet, unet.forward, patch.scope, blocks, patch.family)]
+        else:
+            self.regions = install_blocks(self.dispatcher, UNET, unet, patch, undo)
+        self.dispatcher.register(UNET, unet, self.regions)
+
+    def run(
+        self, call: UNetCall, inner: Forward, sample: Tensor, timestep: Any, text: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Runs one UNet call; `kwargs` are the UNet's own, residuals at their final sizes."""
+        patch = self.patch
+        self.dispatcher.begin(patch.request_number)
+        extras = _given(kwargs)
+        name = (UNET, call.topology, extras, *_name(sample, text))
+        graph = self.dispatcher.graph(
+            name,
+            lambda: _facts(call.topology, sample, text, extras, patch.unet, self.whole),
+            lambda: self.graphs(
+                call.topology,
+                *_sizes(sample, text),
+                dtype=sample.dtype,
+                device=sample.device,
+                controlled=kwargs.get(DOWN) is not None,
+            ),
+        )
+        if self.whole and graph.calls:
+            out = self.regions[0].forward_with(graph.calls[UNET], call, sample, timestep, text, **kwargs)
+            return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
+        call.regions = graph.calls
+        with patch.scope.opened(call):
+            return inner(sample, timestep, text, **kwargs)
+
+    def graphs(
+        self,
+        topology: Topology,
+        height: int,
+        width: int,
+        batch: int,
+        tokens: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        controlled: bool = False,
+    ) -> Graphs:
+        """The graph and the sizes of every region in a call; sizes are latent."""
+        patch, binder = self.patch, self.dispatcher.binder
+        features = feature_sizes(patch.layout, patch.family, height, width, topology)
+        named = {f"{UNET}.{path}": size for path, size in features.items()}
+        own = patch.function_ids()
+        found: Graphs = []
+        for region in self.regions:
+            region.own_forwards = own
+            sizes = region.sizes(named, batch, tokens)
+            found.append((binder.graph(region, topology, sizes, dtype, device, controlled), sizes))
+        return found
+
+
+class ServedControlNet:
+    """One ControlNet of a pipeline; the patch calls it at its trained scale."""
+
+    def __init__(self, dispatcher: Dispatcher, name: str, net: nn.Module, regions: str) -> None:
+        self.dispatcher = dispatcher
+        self.name = name
+        self.net: Any = net
+        self.whole = regions == "whole" and is_whole_controlnet(net)
+        self.regions: list[Region] = []
+        self._patch: Patch | None = None
+
+    def install(self, patch: Patch, undo: UndoLog) -> None:
+        """Replaces the forwards of the regions, and the ControlNet's own."""
+        self._patch = patch
+        if self.whole:
+            self.regions = [ControlNetRegion(self.name, self.net, self.net.forward)]
+        else:
+            self.regions = install_blocks(self.dispatcher, self.name, self.net, patch, undo)
+        self.dispatcher.register(self.name, self.net, self.regions)
+        undo.replace(self.net, "forward", self._forward(self.net.forward, patch), f"served {self.name}")
+
+    def _forward(self, inner: Forward, patch: Patch) -> Forward:
+        names = list(inspect.signature(inner).parameters)
+
+        def forward(sample: Tensor, timestep: Any, encoder_hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            kwargs.update(zip(names[3:], args, strict=False))
+            self.dispatcher.begin(patch.request_number)
+            extras = _given(kwargs)
+            graph = self.dispatcher.graph(
+                (self.name, extras, *_name(sample, encoder_hidden_states)),
+                lambda: _facts(PLAIN, sample, encoder_hidden_states, extras, self.net, self.whole),
+                lambda: self.graphs(*_sizes(sample, encoder_hidden_states), dtype=sample.dtype, device=sample.device),
+            )
+            inputs = sample, timestep, encoder_hidden_states
+            if self.whole and graph.calls:
+                image = kwargs.pop("controlnet_cond")
+                down, mid = self.regions[0].forward_with(graph.calls[self.name], None, *inputs, image, **kwargs)
+                if kwargs.get("return_dict", True):
+                    return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)
+                return down, mid
+            with patch.scope.opened(UNetCall(PLAIN, regions=graph.calls)):
+                return inner(*inputs, **kwargs)
+
+        return forward
+
+    def graphs(
+        self, height: int, width: int, batch: int, tokens: int, *, dtype: torch.dtype, device: torch.device
+    ) -> Graphs:
+        """The graph and the sizes of every region in a call; sizes are latent, at the trained scale."""
+        assert self._patch is not None, "served models are installed first"
+        binder, own = self.dispatcher.binder, self._patch.function_ids()
+        layout = Layout.from_config(self.net.config)
+        features = feature_sizes(layout, self._patch.family, height, width, PLAIN)
+        named = {f"{self.name}.{path}": size for path, size in features.items()}
+        found: Graphs = []
+        for region in self.regions:
+            region.own_forwards = own
+            sizes = region.sizes(named, batch, tokens)
+            found.append((binder.graph(region, PLAIN, sizes, dtype, device), sizes))
+        return found
+
+
+class ServedDecoder:
+    """A VAE's decoder, tiles included."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.region: DecoderRegion | None = None
+
+    def install(self, vae: Any, undo: UndoLog) -> None:
+        """Takes over the decoder's calls."""
+        self.region = region = DecoderRegion(DECODER, vae.decoder, vae.decoder.forward)
+        self.dispatcher.register(DECODER, vae.decoder, [region])
+        undo.replace(vae.decoder, "forward", self._forward(region), f"region {DECODER}")
+        region.own_forwards = undo.function_ids()
+
+    def _forward(self, region: DecoderRegion) -> Forward:
+        inner = region.inner
+
+        def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.dispatcher.refresh(DECODER)
+            name = (DECODER, *_name(sample, None))
+            self.dispatcher.forget_missing(name)
+            batch, _, height, width = sample.shape
+            graph = self.dispatcher.graph(
+                name,
+                lambda: _facts(PLAIN, sample, None, (), region.module, False),
+                lambda: self.graphs(height, width, batch, dtype=sample.dtype, device=sample.device),
+            )
+            compiled = graph.calls.get(DECODER)
+            if compiled is None:
+                return inner(sample, *args, **kwargs)
+            return region.forward_with(compiled, None, sample, *args, **kwargs)
+
+        return forward
+
+    def graphs(self, height: int, width: int, batch: int, *, dtype: torch.dtype, device: torch.device) -> Graphs:
+        """The decoder's graph and sizes; none where the pipeline has no VAE."""
+        if self.region is None:
+            return []
+        sizes = {"batch": batch, "height": height, "width": width}
+        return [(self.dispatcher.binder.graph(self.region, PLAIN, sizes, dtype, device), sizes)]
+
+
+def install_blocks(dispatcher: Dispatcher, name: str, model: nn.Module, patch: Patch, undo: UndoLog) -> list[Region]:
+    """Puts the repeated blocks of a model under the dispatcher; returns them."""
+    first_block: dict[str, int] = {}
+    for index, path in enumerate(patch.windowed_blocks if model is patch.unet else ()):
+        first_block.setdefault(path.rsplit(".", 2)[0], index)
+    regions: list[Region] = []
+    for path, module in find_blocks(model):
+        region: Region
+        if "resnets" in path:
+            region = ResnetRegion(f"{name}.{path}", module, module.forward)
+        else:
+            region = TransformerRegion(f"{name}.{path}", module, module.forward, patch.scope, first_block.get(path))
+        regions.append(region)
+        undo.replace(module, "forward", _region_forward(dispatcher, region, patch), f"region {name}.{path}")
+    return regions
+
+
+def _region_forward(dispatcher: Dispatcher, region: Region, patch: Patch) -> Forward:
+    scope, path, inner = patch.scope, region.path, region.inner
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = scope.call
+        compiled: Any = call.regions.get(path) if call is not None else None
+        if compiled is None:
+            return inner(*args, **kwargs)
+        if compiled.shape != args[0].shape:
+            # Something changed feature sizes inside of the model: the region runs eager, or the call is refused.
+            planned, got = tuple(compiled.shape), tuple(args[0].shape)
+            reason = f"{path}: the plan gives it inputs of shape {planned}, it got {got}"
+            dispatcher.refuse(reason)
+            dispatcher.binder.stats.rejected[reason] += 1
+            return inner(*args, **kwargs)
+        return region.forward_with(compiled, call, *args, **kwargs)
+
+    return forward
+
+
+# Arguments that every graph takes, and those of a ControlNet that stay outside of its blocks.
+_ORDINARY = ("return_dict", "added_cond_kwargs", "controlnet_cond", "conditioning_scale")
+
+
+def _given(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the optional arguments of a call that were given, empty and False ones aside."""
+    given = [
+        name
+        for name, value in kwargs.items()
+        if name not in _ORDINARY and value is not None and value is not False and value != {}
+    ]
+    added = kwargs.get("added_cond_kwargs")
+    if added and "image_embeds" in added:
+        given.append("image_embeds")
+    return tuple(given)
+
+
+def _name(sample: Tensor, text: Any) -> tuple[Hashable, ...]:
+    return (
+        sample.shape,
+        sample.dtype,
+        sample.device,
+        text.shape if isinstance(text, Tensor) else None,
+        getattr(text, "dtype", None),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(sample.device.type),
+    )
+
+
+def _sizes(sample: Tensor, text: Tensor) -> tuple[int, int, int, int]:
+    batch, _, height, width = sample.shape
+    return height, width, batch, text.shape[1]
+
+
+def _facts(
+    topology: Topology, sample: Tensor, text: Any, extras: tuple[str, ...], model: nn.Module, whole: bool
+) -> CallFacts:
+    batch, _, height, width = sample.shape
+    fits = isinstance(text, Tensor) and text.ndim == 3 and text.shape[0] == batch and text.dtype == sample.dtype
+    return CallFacts(
+        topology=topology,
+        height=height,
+        width=width,
+        batch=batch,
+        tokens=text.shape[1] if fits else 0,
+        dtype=str(sample.dtype),
+        device=str(sample.device),
+        extras=extras,
+        whole=whole,
+        grad=torch.is_grad_enabled(),
+        autocast=torch.is_autocast_enabled(sample.device.type),
+        tensor_text=text is None or fits,
+        weights=str(next(model.parameters()).device),
+    )
