@@ -21,6 +21,7 @@ from rich.table import Table
 
 from accel_hidiff.config import HiDiffusionConfig, check_pixels, check_steps
 from accel_hidiff.errors import AccelHiDiffError, BadInput, CompileFailed, PatchConflict
+from accel_hidiff.schedule import running_steps
 from compile_cache import CompileCache, CompileCacheError
 from compile_cache.console import run_app
 
@@ -37,6 +38,15 @@ Regions = Annotated[str, typer.Option(help="blocks or whole.")]
 Shapes = Annotated[str, typer.Option(help="symbolic or exact.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the best one here by default.")]
+Strength = Annotated[float, typer.Option(help="Of image-to-image and inpainting: the share of the steps that runs.")]
+Family = Annotated[str | None, typer.Option(help="sd15, sdxl or sdxl_turbo; told from the model by default.")]
+Task = Annotated[
+    str | None,
+    typer.Option(help="text2img, img2img, inpaint, controlnet or controlnet_img2img; told from the model by default."),
+]
+ControlNets = Annotated[
+    list[str], typer.Option("--controlnet", help="A ControlNet's folder or hub id; repeat for more.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 _CACHE = Path("compile-cache")
@@ -75,14 +85,21 @@ def precompile(
     regions: Regions = "blocks",
     shapes: Shapes = "symbolic",
     batch: Annotated[list[int], typer.Option(help="UNet batch, guidance counted; repeat for more.")] = [1, 2],  # noqa: B006
+    strength: Strength = 1.0,
+    family: Family = None,
+    task: Task = None,
+    controlnet: ControlNets = [],  # noqa: B006
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile every graph that requests of these sizes need. Can be stopped and started again."""
+    from accel_hidiff.models import load_pipeline
+
     sizes = [parse_size(text) for text in size]
-    check_steps(steps)
-    handle = _accelerate(model, dtype, device, cache=CompileCache(cache), regions=regions, shapes=shapes)
+    running_steps(steps, strength)
+    options = {"cache": CompileCache(cache), "regions": regions, "shapes": shapes, "family": family, "task": task}
+    handle = _accelerate(load_pipeline(model, dtype, device, controlnet), **options)
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -92,17 +109,17 @@ def precompile(
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("looking for graphs", total=None)
+        progress = bar.add_task("looking for graphs", total=None)
 
         def show(event: Any) -> None:
             finished = event.state != "compiling"
-            bar.update(task, total=event.total, completed=event.number - (not finished))
-            bar.update(task, description=f"{event.region} {event.state}")
+            bar.update(progress, total=event.total, completed=event.number - (not finished))
+            bar.update(progress, description=f"{event.region} {event.state}")
             if finished:
                 line = f"{event.number:3} of {event.total}  {event.state:8} {event.seconds:6.1f} s  {event.region}"
                 console.print(line, highlight=False)
 
-        report = handle.precompile(sizes, steps, batch_sizes=batch, progress=show)
+        report = handle.precompile(sizes, steps, batch_sizes=batch, strength=strength, progress=show)
     _print(report.to_json() if as_json else report.table())
 
 
@@ -120,6 +137,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the generator.")] = 0,
     regions: Regions = "blocks",
     shapes: Shapes = "symbolic",
+    family: Family = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -127,12 +145,14 @@ def generate(
     """Generate one PNG per size."""
     import torch
 
+    from accel_hidiff.models import load_pipeline
+
     sizes = [parse_size(text) for text in size]
     check_steps(steps)
     store = CompileCache(cache)
     out.mkdir(parents=True, exist_ok=True)
     options = {"cache": store, "backend": backend, "on_miss": on_miss, "regions": regions, "shapes": shapes}
-    handle = _accelerate(model, dtype, device, **options)
+    handle = _accelerate(load_pipeline(model, dtype, device), family=family, **options)
     pipe = handle.pipe
     pipe.set_progress_bar_config(disable=as_json)
     written = []
@@ -163,16 +183,31 @@ def explain(
     backend: Backend = "aot",
     regions: Regions = "blocks",
     shapes: Shapes = "symbolic",
+    strength: Strength = 1.0,
+    family: Family = None,
+    task: Task = None,
+    controlnet: ControlNets = [],  # noqa: B006
+    plot: Annotated[
+        Path | None, typer.Option(help="A PNG of the phases, and of the size that each block runs at.")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which graph runs at which step, and whether the cache holds it."""
+    """Show which graph runs at which step, and whether the cache holds it. Loads no weights."""
+    from accel_hidiff.models import load_skeleton
+
     sizes = [parse_size(text) for text in size]
-    check_steps(steps)
+    running_steps(steps, strength)
     options = {"cache": CompileCache(cache), "backend": backend, "regions": regions, "shapes": shapes}
-    handle = _accelerate(model, dtype, device, **options)
-    explanations = [handle.explain(height, width, steps) for height, width in sizes]
+    pipe, target = load_skeleton(model, dtype, device, controlnet)
+    handle = _accelerate(pipe, family=family, task=task, **options)
+    handle.meant_for = target
+    explanations = [handle.explain(height, width, steps, strength=strength) for height, width in sizes]
+    if plot is not None:
+        from accel_hidiff.plot import plot_plans
+
+        plot_plans(handle.patch, sizes, running_steps(steps, strength), plot)
     if as_json:
         _print([explanation.to_json() for explanation in explanations])
         return
@@ -218,11 +253,10 @@ def demo(
     _print(report.to_json() if as_json else report.table())
 
 
-def _accelerate(model: str, dtype: str | None, device: str | None, **options: Any) -> Any:
-    from accel_hidiff.models import load_pipeline
+def _accelerate(pipe: Any, **options: Any) -> Any:
     from accel_hidiff.pipeline import accelerate
 
-    return accelerate(load_pipeline(model, dtype, device), hidiffusion=HiDiffusionConfig(), **options)
+    return accelerate(pipe, hidiffusion=HiDiffusionConfig(), **options)
 
 
 def _print(value: Any) -> None:

@@ -36,13 +36,22 @@ class ExplainRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The table of a request; `print` it. `num_steps` are those that run, `model` tells the family and from what."""
+    """The table of a request; `print` it.
+
+    Attributes:
+        height, width: image size in pixels.
+        num_steps: steps that run.
+        model: the family, and what it was told from.
+        rows: one for each phase, ControlNet and decoder.
+        notice: what the size costs, if it does.
+    """
 
     height: int
     width: int
     num_steps: int
     model: str
     rows: tuple[ExplainRow, ...]
+    notice: str | None = None
 
     @property
     def ready(self) -> bool:
@@ -66,6 +75,8 @@ class Explanation:
     def __str__(self) -> str:
         text = _render(self.table())
         reasons = dict.fromkeys(row.reason for row in self.rows if row.reason)
+        if self.notice is not None:
+            reasons[self.notice] = None
         return text + "".join(f"{reason}\n" for reason in reasons)
 
 

@@ -93,6 +93,12 @@ class Patch:
         steps = running_steps(num_inference_steps, strength)
         return plan_pixels(self.family, self.layout, height, width, steps, self.config, self.task)
 
+    def size_notice(self, height: int, width: int, num_steps: int) -> str | None:
+        """One line if a size in pixels costs a resize in window attention; None if it does not."""
+        cells = height // LATENT_CELL, width // LATENT_CELL
+        plan = plan_latent(self.family, self.layout, *cells, num_steps, self.config, self.task)
+        return odd_window_notice(self.family, self.layout, *cells, plan, self.config, self.task)
+
     def control_size(self, height: int, width: int) -> tuple[int, int]:
         """The latent size at which ControlNets run for a request of a latent size."""
         return control_size(self.family.control_side, height, width) if self.config.is_active else (height, width)

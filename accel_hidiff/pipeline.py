@@ -196,7 +196,8 @@ class Handle:
         with _decoder_precision(self.pipe, self._dispatcher):
             if decoder := self._decoder_graphs(height, width, 1):
                 rows.append(self._row("after", "VAE decoder", decoder))
-        return Explanation(height, width, steps, f"{self.patch.family.name} ({self.patch.evidence})", tuple(rows))
+        model = f"{self.patch.family.name} ({self.patch.evidence})"
+        return Explanation(height, width, steps, model, tuple(rows), self.patch.size_notice(height, width, steps))
 
     def remove(self) -> Any:
         """Takes everything off; the pipeline is then bit for bit what it was. Returns the pipeline.

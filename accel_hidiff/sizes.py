@@ -92,6 +92,25 @@ def suggest_size(
     return found[0] * LATENT_CELL, found[1] * LATENT_CELL
 
 
+def block_sizes(
+    family: Family, layout: Layout, height: int, width: int, topology: Topology
+) -> dict[str, tuple[Size, ...]]:
+    """The latent sizes that each block of the UNet runs at, in call order: one, or two where a pool or its resize lies
+    inside of the block.
+
+    >>> from accel_hidiff.families import SDXL
+    >>> block_sizes(SDXL, SDXL.layout(), 256, 256, Topology(windowed=True, pooled=True))["down_blocks.1"]
+    ((128, 128), (64, 64))
+    """
+    found: dict[str, tuple[Size, ...]] = {}
+    for path, size in feature_sizes(layout, family, height, width, topology).items():
+        block, kind, _ = path.rsplit(".", 2) if ".resnets." in path else ("", "", "")
+        if kind:
+            sizes = found.get(block, ())
+            found[block] = sizes if sizes[-1:] == (size,) else (*sizes, size)
+    return found
+
+
 def control_size(side: int, height: int, width: int) -> Size:
     """The latent size at which a ControlNet runs: the longer side brought down to `side`, both sides multiples of 8.
 

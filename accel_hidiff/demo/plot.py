@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_COLOURS = {"windowed+dilated": "#d1495b", "windowed+pooled": "#edae49", "windowed": "#00798c"}
-_OTHER = "#6b6b6b"
+from accel_hidiff.plot import OTHER_COLOUR, TOPOLOGY_COLOURS
 
 
 def plot_steps(rows: list[dict[str, Any]], path: Path) -> None:
@@ -26,7 +25,7 @@ def plot_steps(rows: list[dict[str, Any]], path: Path) -> None:
     for panel, row in zip(panels[0], rows, strict=True):
         for start, stop, topology in row["phases"]:
             steps = [step for step in range(start, stop) if step > 0]
-            colour = _COLOURS.get(topology, _OTHER)
+            colour = TOPOLOGY_COLOURS.get(topology, OTHER_COLOUR)
             for kind, marker, face in (("eager", "o", "white"), ("compiled", "s", colour)):
                 times = [row[f"{kind}_steps_ms"][step - 1] for step in steps]
                 style = {"marker": marker, "markersize": 5, "markerfacecolor": face, "color": colour, "linewidth": 1}

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from accel_hidiff import HiDiffusionConfig, apply_hidiffusion
+from accel_hidiff import HiDiffusionConfig, Phase, PhasePlan, apply_hidiffusion, patching
 from accel_hidiff.errors import BadInput, UnknownLayout
-from accel_hidiff.families import SD15, SDXL, SDXL_TURBO, Layout, feature_sizes, identify, skip_sizes
+from accel_hidiff.families import (
+    SD15,
+    SDXL,
+    SDXL_TURBO,
+    Layout,
+    adapter_sizes,
+    feature_sizes,
+    identify,
+    skip_sizes,
+)
 from accel_hidiff.topology import Topology
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -134,6 +143,52 @@ def test_feature_sizes_are_those_of_a_live_unet(
     layout = Layout.from_config(config)
     assert feature_sizes(layout, patch.family, *size, topology) == sizes
     assert skip_sizes(layout, patch.family, *size, topology) == skips
+
+
+class AdapterFeature(torch.Tensor):
+    """A residual that notes the size of each feature map that it is added to."""
+
+    met: ClassVar[list[tuple[int, ...]]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.strip("_") not in ("add", "iadd", "radd"):
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        with torch._C.DisableTorchFunctionSubclass():
+            (feature_map,) = (arg for arg in args if not isinstance(arg, cls))
+            cls.met.append(tuple(feature_map.shape[-2:]))
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [SD15_CONFIG, SDXL_CONFIG], ids=["sd15", "sdxl"])
+@pytest.mark.parametrize("topology", [Topology(*parts) for parts in product((False, True), repeat=3)], ids=str)
+@pytest.mark.parametrize("size", [(16, 24), (13, 21), (17, 8)])
+def test_adapter_features_are_added_where_they_are_told_to_be(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], topology: Topology, size: tuple[int, int]
+) -> None:
+    """One for each down block and one for the mid block, given at a size of none of them."""
+    patch = apply_hidiffusion(tiny(config))
+    monkeypatch.setattr(patching, "plan_latent", lambda *request: PhasePlan((Phase(0, 1, topology),)))
+    monkeypatch.setattr(AdapterFeature, "met", [])
+    count = len(config["down_block_types"]) + 1
+    features = [torch.ones(1, 8, 6, 10).as_subclass(AdapterFeature) for _ in range(count)]
+    with torch.no_grad(), patch.phase(step=0, num_steps=1):
+        arguments = torch.zeros(1, 4, *size), 0, torch.zeros(1, 3, 8)
+        out = patch.unet(*arguments, down_intrablock_additional_residuals=features).sample
+    assert type(out) is torch.Tensor and tuple(out.shape[-2:]) == size
+    assert adapter_sizes(Layout.from_config(config), patch.family, *size, topology) == AdapterFeature.met
+    assert len(AdapterFeature.met) == count
+
+
+def test_adapter_sizes_by_hand() -> None:
+    """Before the downsampler of a block with attention, after that of another; then the mid block."""
+    sdxl, sd15 = Layout.from_config(SDXL_CONFIG), Layout.from_config(SD15_CONFIG)
+    assert adapter_sizes(sdxl, SDXL, 18, 27, Topology()) == [(9, 14), (9, 14), (5, 7), (5, 7)]
+    assert adapter_sizes(sdxl, SDXL, 18, 27, Topology(pooled=True)) == [(9, 14), (5, 7), (3, 4), (3, 4)]
+    assert adapter_sizes(sdxl, SDXL, 18, 27, Topology(dilated=True)) == [(9, 14), (9, 14), (3, 4), (3, 4)]
+    assert adapter_sizes(sd15, SD15, 18, 27, Topology()) == [(18, 27), (9, 14), (5, 7), (3, 4), (3, 4)]
+    assert adapter_sizes(sd15, SD15, 18, 27, Topology(pooled=True)) == [(18, 27), (5, 7), (3, 4), (2, 2), (2, 2)]
+    assert adapter_sizes(sd15, SD15, 18, 27, Topology(dilated=True)) == [(18, 27), (5, 7), (3, 4), (2, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("config", [SD15_CONFIG, SDXL_CONFIG], ids=["sd15", "sdxl"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import accel_hidiff as ah
+from tests import models
 from tests.compiled.conftest import STEPS, relative_difference, request, unet_inputs
 
 pytestmark = pytest.mark.slow
@@ -30,6 +31,42 @@ def test_a_whole_unet_region_equals_eager(make_pipe: Any, eager: Any, tmp_path: 
     want = request(eager, 128, 192, num_inference_steps=ONE_TOPOLOGY)
     assert relative_difference(got, want) < 5e-3
     assert handle.stats.compiles == 1 and handle.stats.hits == ONE_TOPOLOGY
+
+
+def test_a_whole_unet_of_the_sd15_layout_equals_eager(tmp_path: Path) -> None:
+    """It has no added conditions."""
+    pipe = models.build("sd15", "text2img")
+    handle = ah.accelerate(
+        pipe, hidiffusion=ah.HiDiffusionConfig(), cache=tmp_path / "cache", regions="whole", shapes="exact"
+    )
+    asked = {"num_inference_steps": 1, "height": 256, "width": 320}
+    got = request(pipe, **asked)
+    assert (handle.stats.compiles, handle.stats.hits, handle.stats.eager_calls) == (1, 1, 0)
+    handle.remove()
+    ah.apply_hidiffusion(pipe)
+    assert relative_difference(got, request(pipe, **asked)) < 5e-3
+
+
+def test_a_whole_unet_takes_residuals_of_a_whole_controlnet(tmp_path: Path) -> None:
+    """One step, in which the ControlNet runs. Its scale is a tensor: another one compiles nothing."""
+    pipe = models.build("sdxl", "controlnet")
+    handle = ah.accelerate(
+        pipe, hidiffusion=ah.HiDiffusionConfig(), cache=tmp_path / "cache", regions="whole", shapes="exact"
+    )
+    handle.precompile([(128, 192)], 1, batch_sizes=[2])
+    rows = handle.explain(128, 192, 1).rows
+    assert [(row.steps, row.topology, row.state) for row in rows[:2]] == [
+        ("[0, 1)", "windowed", "cached"),
+        ("[0, 1)", "controlnet", "cached"),
+    ]
+    eager = models.build("sdxl", "controlnet")
+    ah.apply_hidiffusion(eager)
+    for scale in (1.0, 0.3):
+        changes = {"num_inference_steps": 1, "controlnet_conditioning_scale": scale}
+        with handle.stats.expect(compiles=0, eager_calls=0, hits=2):
+            got = pipe(**models.arguments("sdxl", "controlnet", 128, 192, **changes)).images
+        want = eager(**models.arguments("sdxl", "controlnet", 128, 192, **changes)).images
+        assert relative_difference(got, want) < 5e-3
 
 
 def test_odd_feature_maps_take_exact_graphs(make_pipe: Any, eager: Any, own_cache: Path) -> None:
@@ -60,12 +97,12 @@ def test_inductor_compiles_each_graph_once_in_the_process(
     """Two regions through `torch.compile`, over all phases; the rest runs eager in this test, for time."""
     from torch._dynamo.utils import counters
 
-    from accel_hidiff import dispatch
+    from accel_hidiff import served
 
     def two_regions(unet: Any) -> Any:
         return [(path, unet.get_submodule(path)) for path in ("down_blocks.1.attentions.0", "mid_block.resnets.0")]
 
-    monkeypatch.setattr(dispatch, "find_regions", two_regions)
+    monkeypatch.setattr(served, "find_blocks", two_regions)
     pipe = make_pipe()
     handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), backend="inductor")
     got = request(pipe)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from accel_hidiff.cli import run
+from tests import models
 from tests.compiled.conftest import STEPS
 
 SIZE = ["--size", "192x128", "--steps", str(STEPS)]
@@ -171,3 +172,66 @@ def test_bad_options(
 def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Missing" in refused(capsys, "precompile")
     assert "No such" in refused(capsys, "frobnicate")
+
+
+def test_explain_reads_configs_only(
+    capsys: pytest.CaptureFixture[str], model_folder: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """A folder without weights is explained like the whole one."""
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    whole, configs = (
+        run_json(capsys, "explain", model, "--cache", cache_dir, *SIZE)[0] for model in (model_folder, bare)
+    )
+    assert configs == whole and configs["ready"] is True
+
+
+def test_explain_of_a_strength_shows_the_steps_that_run(
+    capsys: pytest.CaptureFixture[str], model_folder: Path, tmp_path: Path
+) -> None:
+    plot = tmp_path / "plan.png"
+    arguments = ["--size", "4096x2048", "--steps", "30", "--strength", "0.6", "--plot", plot, "--cache", tmp_path / "c"]
+    (explanation,) = run_json(capsys, "explain", model_folder, *arguments)
+    assert explanation["num_steps"] == 18
+    assert [row["steps"] for row in explanation["rows"]] == ["[0, 2)", "[2, 7)", "[7, 18)", "after"]
+    assert explanation["ready"] is False
+    image = Image.open(plot)
+    assert image.width > 800 and len(image.convert("RGB").getcolors(1 << 20) or []) > 20, "something is drawn"
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_explain_with_a_controlnet(capsys: pytest.CaptureFixture[str], model_folder: Path, tmp_path: Path) -> None:
+    models.build("sdxl", "controlnet").controlnet.save_pretrained(tmp_path / "net")
+    nets = ["--controlnet", tmp_path / "net", "--controlnet", tmp_path / "net"]
+    (explanation,) = run_json(capsys, "explain", model_folder, *nets, *SIZE, "--cache", tmp_path / "c")
+    rows = {row["topology"]: row["steps"] for row in explanation["rows"]}
+    assert rows["controlnet.nets.0"] == rows["controlnet.nets.1"] == "[0, 5)"
+
+
+def test_explain_tells_what_an_odd_size_costs(
+    capsys: pytest.CaptureFixture[str], model_folder: Path, tmp_path: Path
+) -> None:
+    size = ["--size", "1920x1048", "--steps", "30", "--cache", tmp_path / "c"]
+    (explanation,) = run_json(capsys, "explain", model_folder, *size)
+    assert "1920x1024 avoids that" in explanation["notice"]
+    (explanation,) = run_json(capsys, "explain", model_folder, *SIZE, "--cache", tmp_path / "c")
+    assert explanation["notice"] is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--strength", "1.5", "strength: expected a number in 0..1, got 1.5"),
+        ("--strength", "0.01", "strength: expected one that leaves a step"),
+        ("--task", "draw", "task: expected one of text2img"),
+        ("--family", "sd3", "family: expected one of sd15"),
+        ("--family", "sd15", "fits no known family"),
+        ("--controlnet", "nowhere/at/all", "nowhere/at/all cannot be loaded"),
+        ("--plot", "/proc/plan.png", "--plot: expected a file that can be written"),
+    ],
+)
+def test_bad_options_of_explain(
+    capsys: pytest.CaptureFixture[str], model_folder: Path, tmp_path: Path, option: str, value: str, expected: str
+) -> None:
+    arguments = ["explain", model_folder, *SIZE, "--cache", tmp_path / "c", option, value]
+    assert expected in refused(capsys, *arguments)
