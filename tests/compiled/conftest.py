@@ -55,6 +55,12 @@ def own_cache(cache_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(cache_dir, tmp_path / "cache"))
 
 
+@pytest.fixture(scope="session")
+def families_cache(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for all families, which grows: their tiny blocks are alike, so that few need a compilation."""
+    return Path(shutil.copytree(cache_dir, tmp_path_factory.mktemp("families") / "cache"))
+
+
 @pytest.fixture
 def strict(make_pipe: Any, cache_dir: Path) -> Iterator[Any]:
     """A handle that serves from the session's cache and refuses everything else."""
@@ -82,13 +88,15 @@ def unet_inputs(unet: Any, height: int, width: int, batch: int) -> dict[str, Any
         return torch.randn(shape, generator=generator)
 
     config = unet.config
-    text_embeds = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    return {
+    inputs = {
         "sample": randn(batch, 4, height // 8, width // 8),
         "timestep": torch.tensor(321.0),
         "encoder_hidden_states": randn(batch, 77, config.cross_attention_dim),
-        "added_cond_kwargs": {"text_embeds": randn(batch, text_embeds), "time_ids": randn(batch, 6)},
     }
+    if config.addition_embed_type == "text_time":
+        text_embeds = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": randn(batch, text_embeds), "time_ids": randn(batch, 6)}
+    return inputs
 
 
 def relative_difference(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +19,6 @@ from tests.compiled.conftest import accelerate_strict, relative_difference
 SIZES = {"sd15": (256, 320), "sd21": (256, 320)}
 SIZE = 128, 192
 PER_CALL, FINAL = 1e-3, 5e-3
-
-
-@pytest.fixture(scope="session")
-def families_cache(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for all families, which grows: their tiny blocks are alike, so that few need a compilation."""
-    return Path(shutil.copytree(cache_dir, tmp_path_factory.mktemp("families") / "cache"))
 
 
 @contextmanager
