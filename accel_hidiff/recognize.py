@@ -18,6 +18,7 @@ from accel_hidiff.families import SDXL, SDXL_TURBO, Family, Layout, identify
 from accel_hidiff.schedule import INPAINTING_CHANNELS
 
 _FEW_STEPS = ("LCMScheduler", "TCDScheduler")
+_EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 _EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 
 
@@ -55,10 +56,9 @@ def recognize(
     layout = Layout.from_config(unet_config)
     chosen = identify(layout, family)
     reasons = ["as stated" if family is not None else "from the UNet's blocks"]
-    scheduler = _config_of(getattr(pipe, "scheduler", None))
-    if family is None and chosen is SDXL and (reason := _distilled(scheduler, unet_config)):
+    if family is None and chosen is SDXL and (reason := _distilled(pipe, unet_config)):
         chosen, reasons = SDXL_TURBO, [reason]
-    if config.aggressive is None and chosen is SDXL and (reason := _playground(scheduler, pipe)):
+    if config.aggressive is None and chosen is SDXL and (reason := _playground(pipe)):
         config = config.replace(aggressive=False)
         reasons.append(f"not aggressive: {reason}")
     if task is None:
@@ -79,32 +79,38 @@ def tell_task(pipe: Any, layout: Layout) -> str:
     return "img2img" if "strength" in parameters else "text2img"
 
 
-def _distilled(scheduler: Mapping[str, Any], unet_config: Mapping[str, Any]) -> str | None:
+def _distilled(pipe: Any, unet_config: Mapping[str, Any]) -> str | None:
     """Why this is a guidance-free few-step model with SDXL's structure, if it is.
 
     Trailing timesteps alone are no sign: models trained to zero terminal SNR use them with v-prediction.
     """
     if unet_config.get("time_cond_proj_dim") is not None:
         return "its UNet takes the guidance as an embedding: distilled"
-    name = scheduler.get("_class_name", "")
-    if name in _FEW_STEPS:
+    scheduler = getattr(pipe, "scheduler", None)
+    name, config = type(scheduler).__name__, _config_of(scheduler)
+    if _is_a(scheduler, _FEW_STEPS):
         return f"{name}: distilled"
-    trailing = scheduler.get("timestep_spacing") == "trailing" and scheduler.get("prediction_type") == "epsilon"
-    if trailing and name in _EULER and not scheduler.get("rescale_betas_zero_snr"):
+    trailing = config.get("timestep_spacing") == "trailing" and config.get("prediction_type") == "epsilon"
+    if trailing and _is_a(scheduler, _EULER) and not config.get("rescale_betas_zero_snr"):
         return f"{name} with trailing timesteps: Turbo or Lightning"
     return None
 
 
-def _playground(scheduler: Mapping[str, Any], pipe: Any) -> str | None:
-    if "sigma_data" in scheduler:
-        return f"{scheduler.get('_class_name')} is an EDM scheduler, as Playground's"
+def _playground(pipe: Any) -> str | None:
+    scheduler = getattr(pipe, "scheduler", None)
+    # Its class, not its config: a scheduler that was made from another's config keeps the other's entries.
+    if _is_a(scheduler, _EDM):
+        return f"{type(scheduler).__name__} is an EDM scheduler, as Playground's"
     if _config_of(getattr(pipe, "vae", None)).get("latents_mean") is not None:
         return "the VAE's config states the statistics of its latents, as Playground's"
     return None
 
 
+def _is_a(component: Any, names: tuple[str, ...]) -> bool:
+    """`isinstance` by the names of diffusers classes, which need no import."""
+    return any(base.__name__ in names for base in type(component).__mro__)
+
+
 def _config_of(component: Any) -> Mapping[str, Any]:
     config = getattr(component, "config", None)
-    if not isinstance(config, Mapping):
-        return {}
-    return {"_class_name": type(component).__name__, **config}
+    return config if isinstance(config, Mapping) else {}

@@ -6,6 +6,7 @@ e9ec39a): T1 ends the longer RAU-Net range, T2 the shorter one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -147,7 +148,7 @@ def running_steps(num_inference_steps: int, strength: float = 1.0) -> int:
     if running < 1:
         raise BadInput(
             f"strength: expected one that leaves a step, got {strength} of {num_inference_steps} steps; "
-            f"the least is {1 / num_inference_steps:.3g}"
+            f"the least is {math.ceil(1000 / num_inference_steps) / 1000}"
         )
     return running
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from accel_hidiff.config import FAMILIES, HiDiffusionConfig, check_choice, check_pixels, check_steps
+from accel_hidiff.config import FAMILIES, TASKS, HiDiffusionConfig, check_choice, check_pixels, check_steps
+from accel_hidiff.errors import BadInput
 from accel_hidiff.families import BY_NAME, Family, Layout, Size, feature_sizes
 from accel_hidiff.schedule import LATENT_CELL, PhasePlan, plan_latent
 from accel_hidiff.topology import Topology
@@ -86,6 +87,9 @@ def suggest_size(
     """
     check_pixels(height, width)
     check_steps(num_inference_steps)
+    check_choice("task", task, TASKS)
+    if config is not None and not isinstance(config, HiDiffusionConfig):
+        raise BadInput(f"config: expected a HiDiffusionConfig or None, got {type(config).__name__}")
     chosen = BY_NAME[check_choice("family", family, FAMILIES)]
     cells = height // LATENT_CELL, width // LATENT_CELL
     found = suggest_latent(chosen, chosen.layout(), *cells, num_inference_steps, config or HiDiffusionConfig(), task)
@@ -122,4 +126,5 @@ def control_size(side: int, height: int, width: int) -> Size:
     longest = max(height, width)
     if longest <= side:
         return height, width
-    return max(height * side // longest // 8 * 8, 8), max(width * side // longest // 8 * 8, 8)
+    scaled = (max(length * side // longest // 8 * 8, 8) for length in (height, width))
+    return min(next(scaled), height), min(next(scaled), width)

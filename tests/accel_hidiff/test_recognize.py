@@ -211,7 +211,6 @@ def test_playground_is_told_after_its_scheduler_was_made_into_another() -> None:
     assert told(pipe).config.aggressive is False
 
 
-@pytest.mark.xfail(strict=True, reason="sigma_data is kept in the config of the scheduler that follows an EDM one")
 def test_a_scheduler_is_not_taken_for_the_one_that_it_was_made_from() -> None:
     pipe = with_scheduler(models.build("sdxl", "text2img"), "EDMEulerScheduler", sigma_data=0.5)
     assert told(pipe).config.aggressive is False

@@ -410,5 +410,5 @@ def test_a_lora_loaded_before_and_unloaded_while_patched_is_gone(never_patched: 
     pipe.unet.unload_lora()
     patch.remove()
     assert torch.equal(KINDS["sdxl"].run(pipe), plain.latents)
-    assert torch.equal(plain.latents, never_patched("sdxl").latents)
+    assert not differs(plain.latents, never_patched("sdxl").latents)
     assert_same_state(pipe, plain.state)

@@ -147,7 +147,6 @@ def test_bad_requests_are_refused(arguments: dict[str, Any], message: str) -> No
         suggest_size(**{"height": 1024, "width": 1024, **arguments})
 
 
-@pytest.mark.xfail(strict=True, reason="suggest_size does not look at the type of its config, nor of its task")
 @pytest.mark.parametrize("arguments", [{"config": {"windowed": True}}, {"config": "default"}, {"task": ["text2img"]}])
 def test_an_option_of_another_type_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(BadInput):

@@ -162,6 +162,7 @@ ATTENTION, CONVOLUTIONS = ["to_q", "to_k", "to_v", "to_out.0"], ["conv1", "conv2
 def test_lora_everywhere_is_changed_weights(family: str) -> None:
     """peft adds the layers to the weights themselves, while patched, and takes them out again."""
     pipe = models.build(family, "text2img")
+    pipe.unet.requires_grad_(False)  # as LoRA layers do: torch chooses a convolution's kernel by it
     ah.apply_hidiffusion(pipe, config=CONFIG)
     without = latents(pipe, family)
     add_lora(pipe.unet, ATTENTION + CONVOLUTIONS, scale=0.5)
