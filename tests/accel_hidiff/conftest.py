@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,20 @@ def positions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(PipelineClock, "position", position)
     return seen
+
+
+@pytest.fixture(scope="session")
+def run_all() -> Callable[[list[threading.Thread]], None]:
+    """Runs threads to their end."""
+
+    def run(threads: list[threading.Thread]) -> None:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+            assert not thread.is_alive()
+
+    return run
 
 
 class Golden:
