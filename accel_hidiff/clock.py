@@ -58,6 +58,11 @@ class PipelineClock:
     def _timesteps(self) -> Any:
         return getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
 
+    def owns(self, timestep: Any) -> bool:
+        """Whether this timestep is a view into the schedule: a pipeline on these components runs the call."""
+        timesteps = self._timesteps()
+        return isinstance(timesteps, Tensor) and self._index_by_storage(timestep, timesteps) is not None
+
     def position(self, timestep: Any) -> StepPosition:
         """The step of a UNet call with this timestep.
 

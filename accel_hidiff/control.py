@@ -27,14 +27,14 @@ DOWN, MID, ADAPTER = (
 
 
 def find_controlnets(pipe: Any) -> dict[str, nn.Module]:
-    """A pipeline's ControlNets by module path: one, or the several of a MultiControlNetModel."""
+    """A pipeline's distinct ControlNets by module path: one, or the several of a MultiControlNetModel."""
     controlnet = getattr(pipe, "controlnet", None)
     if not isinstance(controlnet, nn.Module):
         return {}
     nets = getattr(controlnet, "nets", None)
     if nets is None:
         return {"controlnet": controlnet}
-    return {f"controlnet.nets.{index}": net for index, net in enumerate(nets)}
+    return {f"controlnet.nets.{list(nets).index(net)}": net for net in dict.fromkeys(nets)}
 
 
 class Schedule(Protocol):
@@ -42,6 +42,9 @@ class Schedule(Protocol):
 
     layout: Layout
     family: Family
+
+    def owns(self, timestep: Any) -> bool:
+        """Whether a call with this timestep belongs to the patched pipeline's schedule."""
 
     def position(self, timestep: Any) -> StepPosition:
         """The step of a call with this timestep."""
@@ -57,7 +60,8 @@ def at_trained_scale(inner: Forward, schedule: Schedule) -> Forward:
     """A ControlNet's forward on inputs of its trained size, and not at all in steps where it has no part.
 
     Latents and control images are resized as in the release (nearest neighbour), and only downwards. In a step without
-    ControlNet it gives zeros of one pixel, which the patched UNet does not look at.
+    ControlNet it gives zeros of one pixel, which the patched UNet does not look at. Called by a pipeline with another
+    schedule (which shares the ControlNet and has a UNet of its own), it runs as if it were not patched.
 
     Args:
         inner: the forward, or whoever runs it compiled.
@@ -68,6 +72,8 @@ def at_trained_scale(inner: Forward, schedule: Schedule) -> Forward:
     def forward(
         sample: Tensor, timestep: Any, encoder_hidden_states: Any, controlnet_cond: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        if not schedule.owns(timestep):
+            return inner(sample, timestep, encoder_hidden_states, controlnet_cond, *args, **kwargs)
         if not schedule.controls(schedule.position(timestep)):
             nothing = sample.new_zeros(sample.shape[0], 1, 1, 1)
             count = len(skip_sizes(schedule.layout, schedule.family, 1, 1, PLAIN))
@@ -111,6 +117,8 @@ def fitted(
             changed[MID] = _fit(mid, sizes[-1])
     if adapter is not None:
         changed[ADAPTER] = _fit_all(adapter, adapter_sizes(layout, family, *size, topology))
+    elif down is not None and mid is None:  # the old way to pass adapter features, which diffusers still takes
+        changed[DOWN] = _fit_all(down, adapter_sizes(layout, family, *size, topology))
     return changed
 
 

@@ -21,7 +21,7 @@ from accel_hidiff.call import CallScope, UNetCall
 from accel_hidiff.clock import PipelineClock, StepPosition
 from accel_hidiff.config import HiDiffusionConfig, check_pixels, check_steps
 from accel_hidiff.control import at_trained_scale, find_controlnets, fitted
-from accel_hidiff.errors import AccelHiDiffError, BadInput, NoPhase, NotAPipeline, SizeWarning
+from accel_hidiff.errors import AccelHiDiffError, BadInput, NoPhase, NotAPipeline, PatchConflict, SizeWarning
 from accel_hidiff.families import Family
 from accel_hidiff.forwards import (
     Forward,
@@ -194,7 +194,7 @@ class Patch:
         if pipe is not None:
             self.clock = PipelineClock(pipe)
             if hasattr(pipe, "prepare_extra_step_kwargs"):
-                watch = self._watch_request(pipe.prepare_extra_step_kwargs)
+                watch = self._watch_request(pipe, pipe.prepare_extra_step_kwargs)
                 undo.replace(pipe, "prepare_extra_step_kwargs", watch, "request's generator")
         undo.replace(self.unet, _PATCH, self, "patch record")
 
@@ -219,6 +219,10 @@ class Patch:
     def controls(self, position: StepPosition) -> bool:
         """Whether ControlNets run in a step: in the first `control_ratio` of all."""
         return position.step < self.control_ratio * position.num_steps
+
+    def owns(self, timestep: Any) -> bool:
+        """Whether a call with this timestep is one of `phase`, or of a pipeline on the patched components."""
+        return self._request.by_hand is not None or (self.clock is not None and self.clock.owns(timestep))
 
     def position(self, timestep: Any) -> StepPosition:
         """The step of a call with this timestep; NoPhase where nobody names one."""
@@ -263,14 +267,19 @@ class Patch:
             self._warned_sizes.add((height, width))
             warnings.warn(notice, SizeWarning, stacklevel=2)
 
-    def _watch_request(self, inner: Forward) -> Forward:
+    def _watch_request(self, pipe: Any, inner: Forward) -> Forward:
         """A request begins: its generator's seed, read without drawing from it, seeds the window shifts.
 
         A list of generators (one per image) gives no common seed; the config's `shift_seed` is used, so that a batch
-        and its parts run with the same shifts.
+        and its parts run with the same shifts. ControlNets that were exchanged since are refused: nothing resizes them.
         """
 
         def prepare_extra_step_kwargs(generator: Any, *args: Any, **kwargs: Any) -> Any:
+            if set(find_controlnets(pipe).values()) != set(self.controlnets.values()):
+                raise PatchConflict(
+                    "pipe.controlnet: expected the ControlNets that HiDiffusion was applied with, got others; after "
+                    "exchanging them, apply (or accelerate) again"
+                )
             if self.clock is not None:
                 self.clock.begin(generator.initial_seed() if isinstance(generator, torch.Generator) else None)
             return inner(generator, *args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["SCHEDULERS"]
+__all__ = ["SCHEDULERS", "once", "warmed_up"]
 
 
 def once(steps: int) -> list[int]:

@@ -16,9 +16,10 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor, nn
 
 import accel_hidiff as ah
-from accel_hidiff import AccelHiDiffError, HiDiffusionConfig, NoPhase
+from accel_hidiff import AccelHiDiffError, HiDiffusionConfig
 from accel_hidiff.shifts import window_shifts
 from tests import models
+from tests.schedulers import SCHEDULERS, once, warmed_up
 
 SMALL = 128, 192  # pixels; below every trained scale
 # Image size in pixels, and the latent size at which its ControlNets run: long and narrow, to be fast.
@@ -79,7 +80,7 @@ def recorded(pipe: Any) -> Iterator[list[Call]]:
         pending.clear()
 
     handles = [pipe.unet.register_forward_hook(unet_ends, with_kwargs=True)]
-    for net in controlnets(pipe):
+    for net in dict.fromkeys(controlnets(pipe)):
         handles.append(net.register_forward_pre_hook(control_begins, with_kwargs=True))
         handles.append(net.conv_in.register_forward_pre_hook(control_runs))
         image = net.controlnet_cond_embedding
@@ -261,34 +262,6 @@ def test_turned_pictures_and_other_scales() -> None:
 # ---- in which steps
 
 
-def once(steps: int) -> list[int]:
-    return list(range(steps))
-
-
-def twice(steps: int) -> list[int]:
-    """A second-order step is two calls; the last one, at the end of the schedule, is one."""
-    return [step for step in range(steps) for _ in range(2)][:-1]
-
-
-def warmed_up(steps: int) -> list[int]:
-    """PNDM's linear multistep form makes two calls in its first step."""
-    return [0, *range(steps)]
-
-
-def runge_kutta(steps: int) -> list[int]:
-    """PNDM's Runge-Kutta form makes four calls in each of its first three steps."""
-    return [step for step in range(3) for _ in range(4)] + list(range(3, steps))
-
-
-SCHEDULERS: dict[str, tuple[str, dict[str, Any], Callable[[int], list[int]]]] = {
-    "euler": ("EulerDiscreteScheduler", {}, once),
-    "ddim": ("DDIMScheduler", {}, once),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, warmed_up),
-    "pndm prk": ("PNDMScheduler", {"skip_prk_steps": False}, runge_kutta),
-    "heun": ("HeunDiscreteScheduler", {}, twice),
-}
-
-
 @pytest.fixture(scope="module")
 def patched(one_thread: None) -> Callable[[str, str], Any]:
     """A patched pipeline of a family and task; its scheduler may be swapped."""
@@ -304,12 +277,15 @@ def patched(one_thread: None) -> Callable[[str, str], Any]:
 
 
 @pytest.mark.parametrize(("task", "asked"), [("controlnet", 5), ("controlnet", 7), ("controlnet_img2img", 10)])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    "name",
+    ["EulerDiscreteScheduler", "DDIMScheduler", "PNDMScheduler", "PNDMScheduler prk", "HeunDiscreteScheduler"],
+)
 def test_controlnets_run_in_the_first_steps_of_those_that_run(patched: Any, name: str, task: str, asked: int) -> None:
     """In all calls of a step, or in none."""
-    scheduler, options, steps_of_calls = SCHEDULERS[name]
+    options, steps_of_calls = SCHEDULERS[name]
     pipe = patched("sdxl", task)
-    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
+    pipe.scheduler = getattr(diffusers, name.split(maxsplit=1)[0]).from_config(pipe.scheduler.config, **options)
     calls, _ = run(pipe, "sdxl", task, num_inference_steps=asked)
     running = 6 if task == "controlnet_img2img" else asked
     assert controlled(calls) == [step < 0.6 * running for step in steps_of_calls(running)]
@@ -407,15 +383,15 @@ def test_control_guidance_starts_later() -> None:
 def test_with_all_parts_off_controlnets_are_left_alone(family: str, task: str) -> None:
     size, cells = LARGE[family]
     pipe = models.build(family, task)
-    _, plain = run(pipe, family, task, size, num_inference_steps=2)
+    _, plain = run(pipe, family, task, size, num_inference_steps=3)
     ah.apply_hidiffusion(pipe, config=HiDiffusionConfig(windowed=False, pooled=False, dilated=False))
-    calls, latents = run(pipe, family, task, size, num_inference_steps=2)
+    calls, latents = run(pipe, family, task, size, num_inference_steps=3)
     assert torch.equal(latents, plain)
     assert all(controlled(calls))
     for call in calls:
         assert_trained_scale(call, (size[0] // 8, size[1] // 8))
     ah.apply_hidiffusion(pipe)
-    calls, latents = run(pipe, family, task, size, num_inference_steps=2)
+    calls, latents = run(pipe, family, task, size, num_inference_steps=3)
     assert not torch.equal(latents, plain)
     assert_trained_scale(calls[0], cells)
 
@@ -457,12 +433,16 @@ def test_a_controlnet_gives_both_kinds_of_output(step: int) -> None:
     assert torch.equal(out, plain) == (step >= 6)
 
 
-def test_a_controlnet_without_a_step_is_refused() -> None:
+def test_a_controlnet_that_is_called_alone_is_as_unpatched() -> None:
+    """Neither in a request nor in a phase."""
     pipe = models.build("sdxl", "controlnet")
-    ah.apply_hidiffusion(pipe)
     (sample, _, text), kwargs = tiny_inputs(24)
-    with pytest.raises(NoPhase, match=r"patch\.phase\(step="):
-        pipe.controlnet(sample, 1234, text, torch.zeros(1, 3, 128, 192), **kwargs)
+    image = torch.zeros(1, 3, 128, 192)
+    with torch.no_grad():
+        want = pipe.controlnet(sample, 1234, text, image, **kwargs)
+        ah.apply_hidiffusion(pipe)
+        got = pipe.controlnet(sample, 1234, text, image, **kwargs)
+    assert torch.equal(got.mid_block_res_sample, want.mid_block_res_sample) and want.mid_block_res_sample.any()
 
 
 # ---- one ControlNet for several kinds of control
@@ -570,3 +550,42 @@ def test_one_controlnet_may_be_there_twice() -> None:
     ah.apply_hidiffusion(pipe)
     calls, _ = run(pipe, "sdxl", "multi_controlnet")
     assert controlled(calls) == [step < 4.2 for step in range(7)]
+
+
+def test_an_unpatched_pipeline_that_shares_a_controlnet_is_left_alone() -> None:
+    """Another UNet, another scheduler object, the same ControlNet: before and after a request of the patched one."""
+    patched, plain = models.build("sdxl", "controlnet"), models.build("sdxl", "controlnet", seed=1)
+    plain.controlnet = patched.controlnet
+    want = plain(**models.arguments("sdxl", "controlnet", *SMALL)).images
+    ah.apply_hidiffusion(patched)
+    for _ in range(2):
+        assert torch.equal(plain(**models.arguments("sdxl", "controlnet", *SMALL)).images, want)
+        run(patched, "sdxl", "controlnet")
+
+
+def test_an_exchanged_controlnet_is_refused_until_it_is_applied_again() -> None:
+    pipe = models.build("sdxl", "controlnet")
+    ah.apply_hidiffusion(pipe)
+    pipe.controlnet = models.build("sdxl", "controlnet", seed=1).controlnet
+    with pytest.raises(ah.PatchConflict, match=r"pipe\.controlnet: .* apply \(or accelerate\) again"):
+        run(pipe, "sdxl", "controlnet")
+    ah.apply_hidiffusion(pipe)
+    run(pipe, "sdxl", "controlnet")
+
+
+@pytest.mark.filterwarnings("ignore:Passing intrablock residual connections:FutureWarning")
+def test_adapter_features_passed_the_old_way_are_resized_too(unet: Any, inputs: Any) -> None:
+    """As `down_block_additional_residuals` without one for the mid block."""
+    args, kwargs = inputs()
+    features = [
+        torch.randn(1, 16, 8, 12),
+        torch.randn(1, 16, 8, 12),
+        torch.randn(1, 16, 4, 6),
+        torch.randn(1, 16, 4, 6),
+    ]
+    patch = ah.apply_hidiffusion(unet)
+    for step in (0, 1, 6):
+        with torch.no_grad(), patch.phase(step=step, num_steps=7):
+            new = unet(*args, **kwargs, down_intrablock_additional_residuals=[f.clone() for f in features]).sample
+            old = unet(*args, **kwargs, down_block_additional_residuals=[f.clone() for f in features]).sample
+        assert torch.equal(new, old), step

@@ -180,6 +180,19 @@ def test_lora_everywhere_is_changed_weights(family: str) -> None:
     assert_near(latents(pipe, family), without, 1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_request_may_weigh_the_lora(family: str) -> None:
+    """`cross_attention_kwargs={"scale": ...}`, which a UNet's forward handles itself."""
+    strong, weak = models.build(family, "text2img"), models.build(family, "text2img")
+    add_lora(strong.unet, ATTENTION + CONVOLUTIONS, scale=2.0)
+    add_lora(weak.unet, ATTENTION + CONVOLUTIONS, scale=1.0)
+    for pipe in (strong, weak):
+        ah.apply_hidiffusion(pipe, config=CONFIG)
+    wanted = latents(weak, family)
+    assert_near(latents(strong, family, cross_attention_kwargs={"scale": 0.5}), wanted, 1e-5)
+    assert_far(latents(strong, family), wanted)
+
+
 # ---- other variants of the whole model
 
 
