@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "HiDiffusionConfig": "config",
+    "CFGPlusPlusConfig": "config",
     "Topology": "topology",
     "Phase": "schedule",
     "PhasePlan": "schedule",
@@ -19,6 +20,10 @@ _HOME = {
     "apply_hidiffusion": "patching",
     "remove_hidiffusion": "patching",
     "suggest_size": "sizes",
+    "CFGPlusPlusGuidance": "cfgpp.guider",
+    "apply_cfgpp": "cfgpp.guidance",
+    "remove_cfgpp": "cfgpp.guidance",
+    "equivalent_cfg_scale": "cfgpp.maths",
     "accelerate": "pipeline",
     "Handle": "pipeline",
     "SizeWarning": "errors",
@@ -31,14 +36,17 @@ _HOME = {
     "GraphMiss": "errors",
     "CompileFailed": "errors",
 }
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+_MODULES = ("schedulers",)
+__all__ = ["__version__", *sorted((*_HOME, *_MODULES))]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"accel_hidiff.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'accel_hidiff' has no attribute {name!r}")
     return getattr(importlib.import_module(f"accel_hidiff.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_MODULES})

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from accel_hidiff.config import HiDiffusionConfig, check_pixels, check_steps
+from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_pixels, check_steps
 from accel_hidiff.errors import AccelHiDiffError, BadInput, CompileFailed, PatchConflict
 from accel_hidiff.schedule import running_steps
 from compile_cache import CompileCache, CompileCacheError
@@ -43,6 +43,9 @@ Family = Annotated[str | None, typer.Option(help="sd15, sdxl or sdxl_turbo; told
 Task = Annotated[
     str | None,
     typer.Option(help="text2img, img2img, inpaint, controlnet or controlnet_img2img; told from the model by default."),
+]
+CFGPP = Annotated[
+    float | None, typer.Option("--cfgpp", help="CFG++ guidance with this lambda, 0..1 (which changes no graph).")
 ]
 ControlNets = Annotated[
     list[str], typer.Option("--controlnet", help="A ControlNet's folder or hub id; repeat for more.")
@@ -89,6 +92,7 @@ def precompile(
     family: Family = None,
     task: Task = None,
     controlnet: ControlNets = [],  # noqa: B006
+    cfgpp: CFGPP = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -99,7 +103,8 @@ def precompile(
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
     options = {"cache": CompileCache(cache), "regions": regions, "shapes": shapes, "family": family, "task": task}
-    handle = _accelerate(load_pipeline(model, dtype, device, controlnet), **options)
+    guidance = _cfgpp(cfgpp)
+    handle = _accelerate(load_pipeline(model, dtype, device, controlnet), guidance=guidance, **options)
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -138,6 +143,7 @@ def generate(
     regions: Regions = "blocks",
     shapes: Shapes = "symbolic",
     family: Family = None,
+    cfgpp: CFGPP = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -149,10 +155,11 @@ def generate(
 
     sizes = [parse_size(text) for text in size]
     check_steps(steps)
+    guidance = _cfgpp(cfgpp)
     store = CompileCache(cache)
     out.mkdir(parents=True, exist_ok=True)
     options = {"cache": store, "backend": backend, "on_miss": on_miss, "regions": regions, "shapes": shapes}
-    handle = _accelerate(load_pipeline(model, dtype, device), family=family, **options)
+    handle = _accelerate(load_pipeline(model, dtype, device), family=family, guidance=guidance, **options)
     pipe = handle.pipe
     pipe.set_progress_bar_config(disable=as_json)
     written = []
@@ -187,6 +194,7 @@ def explain(
     family: Family = None,
     task: Task = None,
     controlnet: ControlNets = [],  # noqa: B006
+    cfgpp: CFGPP = None,
     plot: Annotated[
         Path | None, typer.Option(help="A PNG of the phases, and of the size that each block runs at.")
     ] = None,
@@ -201,7 +209,7 @@ def explain(
     running_steps(steps, strength)
     options = {"cache": CompileCache(cache), "backend": backend, "regions": regions, "shapes": shapes}
     pipe, target = load_skeleton(model, dtype, device, controlnet)
-    handle = _accelerate(pipe, family=family, task=task, **options)
+    handle = _accelerate(pipe, family=family, task=task, guidance=_cfgpp(cfgpp), **options)
     handle.meant_for = target
     explanations = [handle.explain(height, width, steps, strength=strength) for height, width in sizes]
     if plot is not None:
@@ -257,6 +265,10 @@ def _accelerate(pipe: Any, **options: Any) -> Any:
     from accel_hidiff.pipeline import accelerate
 
     return accelerate(pipe, hidiffusion=HiDiffusionConfig(), **options)
+
+
+def _cfgpp(scale: float | None) -> CFGPlusPlusConfig | None:
+    return None if scale is None else CFGPlusPlusConfig(scale)
 
 
 def _print(value: Any) -> None:

@@ -61,7 +61,7 @@ class PipelineClock:
     def owns(self, timestep: Any) -> bool:
         """Whether this timestep is a view into the schedule: a pipeline on these components runs the call."""
         timesteps = self._timesteps()
-        return isinstance(timesteps, Tensor) and self._index_by_storage(timestep, timesteps) is not None
+        return isinstance(timesteps, Tensor) and index_in(timestep, timesteps) is not None
 
     def position(self, timestep: Any) -> StepPosition:
         """The step of a UNet call with this timestep.
@@ -76,7 +76,7 @@ class PipelineClock:
                 "the UNet was called before its pipeline's scheduler has timesteps; "
                 "to drive it by hand, use `with patch.phase(step=..., num_steps=...)`"
             )
-        index = self._index_by_storage(timestep, timesteps)
+        index = index_in(timestep, timesteps)
         if index is None:
             index = self._index_by_value(timestep, timesteps, pipe.scheduler)
         request = self._request
@@ -90,15 +90,6 @@ class PipelineClock:
         return StepPosition(step, max(logical_step(pipe.scheduler, calls - 1), step) + 1)
 
     @staticmethod
-    def _index_by_storage(timestep: Any, timesteps: Tensor) -> int | None:
-        if not isinstance(timestep, Tensor) or timestep.ndim != 0 or timestep.dtype != timesteps.dtype:
-            return None
-        if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
-            return None
-        index = (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
-        return index if 0 <= index < len(timesteps) else None
-
-    @staticmethod
     def _index_by_value(timestep: Any, timesteps: Tensor, scheduler: Any) -> int:
         value = torch.as_tensor(timestep).flatten()[0].item()
         found = [index for index, other in enumerate(timesteps.tolist()) if other == value]
@@ -109,6 +100,16 @@ class PipelineClock:
             )
         current = getattr(scheduler, "step_index", None)
         return min(found, key=lambda index: abs(index - current)) if current is not None else found[0]
+
+
+def index_in(timestep: Any, timesteps: Tensor) -> int | None:
+    """Where a timestep that is a view into a schedule lies in it; None if it is none. Does not wait for the device."""
+    if not isinstance(timestep, Tensor) or timestep.ndim != 0 or timestep.dtype != timesteps.dtype:
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    index = (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
+    return index if 0 <= index < len(timesteps) else None
 
 
 def logical_step(scheduler: Any, call: int) -> int:

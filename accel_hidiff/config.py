@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from accel_hidiff.errors import BadInput
 
@@ -16,7 +16,41 @@ WINDOW_SHIFTS = ("per_block", "per_step")
 
 
 @dataclass(frozen=True)
-class HiDiffusionConfig:
+class _Config:
+    """What every config has: a checked copy, and a JSON round trip."""
+
+    VERSION: ClassVar[int]
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON mapping; `from_json` takes it back.
+
+        >>> HiDiffusionConfig.from_json(HiDiffusionConfig(t1_ratio=0.5).to_json()).t1_ratio
+        0.5
+        """
+        return {"type": type(self).__name__, "version": self.VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json`; refuses other types, versions and unknown fields."""
+        name = cls.__name__
+        if not isinstance(data, Mapping):
+            raise BadInput(f"expected the mapping that {name}.to_json gives, got {type(data).__name__}")
+        kind, version = data.get("type"), data.get("version")
+        if (kind, version) != (name, cls.VERSION):
+            raise BadInput(f"expected a {name} of version {cls.VERSION}, got {kind!r} version {version!r}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in data.items() if name not in ("type", "version")}
+        if unknown := sorted(set(values) - fields):
+            raise BadInput(f"{name} has no field {unknown[0]!r}; it has {', '.join(sorted(fields))}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class HiDiffusionConfig(_Config):
     """What to change of HiDiffusion's published settings; the defaults change nothing.
 
     Args:
@@ -47,7 +81,7 @@ class HiDiffusionConfig:
     control_ratio: float = 0.6
     shift_seed: int = 0
 
-    VERSION = 1
+    VERSION: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for name, optional in (("t1_ratio", " or None"), ("t2_ratio", " or None"), ("control_ratio", "")):
@@ -75,31 +109,58 @@ class HiDiffusionConfig:
         """Whether any part of HiDiffusion may be on; without one the model runs as it was."""
         return self.windowed or self.pooled or self.dilated
 
-    def replace(self, **changes: Any) -> HiDiffusionConfig:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
 
-    def to_json(self) -> dict[str, Any]:
-        """A plain JSON mapping; `from_json` takes it back.
+@dataclass(frozen=True)
+class CFGPlusPlusConfig(_Config):
+    """CFG++ (arXiv 2406.08070): guidance that renoises with the unconditional prediction.
 
-        >>> HiDiffusionConfig.from_json(HiDiffusionConfig(t1_ratio=0.5).to_json()).t1_ratio
-        0.5
-        """
-        return {"type": "HiDiffusionConfig", "version": self.VERSION, **dataclasses.asdict(self)}
+    Args:
+        scale: lambda, 0..1; None: the pipeline's guidance_scale / 12.5, which is the right strength for about 50 steps
+            (`accel_hidiff.equivalent_cfg_scale` gives the CFG weight that a lambda amounts to in each step).
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> HiDiffusionConfig:
-        """Inverse of `to_json`; refuses other types, versions and unknown fields."""
-        if not isinstance(data, Mapping):
-            raise BadInput(f"expected the mapping that HiDiffusionConfig.to_json gives, got {type(data).__name__}")
-        kind, version = data.get("type"), data.get("version")
-        if (kind, version) != ("HiDiffusionConfig", cls.VERSION):
-            raise BadInput(f"expected a HiDiffusionConfig of version {cls.VERSION}, got {kind!r} version {version!r}")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in data.items() if name not in ("type", "version")}
-        if unknown := sorted(set(values) - fields):
-            raise BadInput(f"HiDiffusionConfig has no field {unknown[0]!r}; it has {', '.join(sorted(fields))}")
-        return cls(**values)
+    Raises:
+        BadInput: a scale outside of 0..1.
+    """
+
+    scale: float | None = None
+
+    VERSION: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.scale is not None:
+            check_lambda(self.scale)
+
+
+CFG_PER_LAMBDA = 12.5  # the CFG weight whose effect lambda = 1 has, by the authors' account
+
+
+def check_lambda(lam: object) -> float:
+    """A CFG++ guidance strength as a float; BadInput outside of 0..1."""
+    number = isinstance(lam, int | float) and not isinstance(lam, bool)
+    if not number or not 0 <= lam <= 1:  # type: ignore[operator]
+        raise BadInput(
+            f"lambda: expected a number in 0..1, got {lam!r}; "
+            f"for a CFG guidance_scale w pass lambda = w / {CFG_PER_LAMBDA}"
+        )
+    return float(lam)  # type: ignore[arg-type]
+
+
+def lambda_of(guidance_scale: float) -> float:
+    """lambda for a CFG weight: w / 12.5, as the A1111 sampler `ddim_cfgpp` maps it. Right for about 50 steps.
+
+    >>> lambda_of(7.5)
+    0.6
+
+    Raises:
+        BadInput: a weight outside of 0..12.5, for which no lambda in 0..1 stands.
+    """
+    number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+    if not number or not 0 <= guidance_scale <= CFG_PER_LAMBDA:
+        raise BadInput(
+            f"guidance_scale: expected 0..{CFG_PER_LAMBDA}, got {guidance_scale!r}; "
+            f"CFG++ reads it as lambda = guidance_scale / {CFG_PER_LAMBDA}, in 0..1"
+        )
+    return guidance_scale / CFG_PER_LAMBDA
 
 
 def check_pixels(height: Any, width: Any) -> tuple[int, int]:

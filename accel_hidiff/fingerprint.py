@@ -81,7 +81,7 @@ def weights_token(module: nn.Module) -> tuple[int, ...]:
 def _describe(path: str, module: nn.Module, ignore: frozenset[int]) -> dict[str, Any]:
     where = path or type(module).__name__
     for hooks in _HOOKS:
-        if getattr(module, hooks, None):
+        if any(not getattr(hook, "_accel_hidiff", False) for hook in getattr(module, hooks, {}).values()):
             raise UnstableFactor(
                 f"{where}: expected a module without hooks, got {hooks.strip('_')}; a compiled region would skip them: "
                 "remove the hooks (CPU offload installs some), or serve this model with backend='eager'"

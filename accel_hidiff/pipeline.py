@@ -13,7 +13,9 @@ import torch
 
 from accel_hidiff.backends import create_backend
 from accel_hidiff.binder import Binder
-from accel_hidiff.config import HiDiffusionConfig, check_choice, check_pixels
+from accel_hidiff.cfgpp.compiled import CompiledStep
+from accel_hidiff.cfgpp.guidance import Guidance, apply_cfgpp
+from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_choice, check_pixels
 from accel_hidiff.control import find_controlnets
 from accel_hidiff.dispatch import ON_MISS, Dispatcher, Graphs
 from accel_hidiff.errors import BadInput
@@ -55,6 +57,8 @@ class Handle:
         unet: ServedUNet,
         controlnets: Sequence[ServedControlNet],
         decoder: ServedDecoder,
+        guidance: Guidance | None,
+        step: CompiledStep,
         undo: UndoLog,
     ) -> None:
         self.pipe = pipe
@@ -63,6 +67,8 @@ class Handle:
         self._unet = unet
         self._controlnets = controlnets
         self._decoder = decoder
+        self._guidance = guidance
+        self._step = step
         self._undo = undo
         self.meant_for: torch.device | None = None
 
@@ -193,6 +199,8 @@ class Handle:
         for net in self._controlnets:
             span = f"[0, {control_steps(steps, self.patch.control_ratio)})"
             rows.append(self._row(span, net.name, self._controlnet_graphs(net, height, width, batch)))
+        if self._guidance is not None:
+            rows.append(self._row("each", "CFG++ step", self._step_graphs(height, width, batch)))
         with _decoder_precision(self.pipe, self._dispatcher):
             if decoder := self._decoder_graphs(height, width, 1):
                 rows.append(self._row("after", "VAE decoder", decoder))
@@ -207,6 +215,8 @@ class Handle:
         """
         self.patch.check_removable()
         self._undo.undo()
+        if self._guidance is not None:
+            self._guidance.remove()
         self.patch.remove()
         return self.pipe
 
@@ -225,6 +235,8 @@ class Handle:
                     yield self._unet_graphs(topology, height, width, batch, controlled)
                 for net in self._controlnets:
                     yield self._controlnet_graphs(net, height, width, batch)
+                if self._guidance is not None:
+                    yield self._step_graphs(height, width, batch)
             if decoder := self._decoder_graphs(height, width, 1):
                 yield decoder
 
@@ -248,6 +260,10 @@ class Handle:
         cells = self.patch.control_size(height // LATENT_CELL, width // LATENT_CELL)
         model = net.net
         return net.graphs(*cells, batch, self._tokens(), dtype=model.dtype, device=self._device(model))
+
+    def _step_graphs(self, height: int, width: int, batch: int) -> Graphs:
+        unet, cells = self.pipe.unet, (height // LATENT_CELL, width // LATENT_CELL)
+        return self._step.graphs(*cells, max(batch // 2, 1), dtype=unet.dtype, device=self._device(unet))
 
     def _decoder_graphs(self, height: int, width: int, batch: int) -> Graphs:
         vae = getattr(self.pipe, "vae", None)
@@ -303,7 +319,7 @@ def accelerate(
     pipe: Any,
     *,
     hidiffusion: HiDiffusionConfig | None = None,
-    guidance: Any = None,
+    guidance: CFGPlusPlusConfig | None = None,
     cache: CompileCache | str | os.PathLike[str] | None = None,
     backend: str = "aot",
     on_miss: str = "compile",
@@ -317,7 +333,7 @@ def accelerate(
     Args:
         pipe: a diffusers pipeline with a UNet of a known family.
         hidiffusion: HiDiffusion's settings; None: the plain UNet, compiled.
-        guidance: reserved for CFG++; None is the only value that this release takes.
+        guidance: CFG++'s settings; None: the pipeline's own guidance. The UNet's graphs are the same with both.
         cache: a `CompileCache` or its directory; needed by backend "aot".
         backend: "aot" (ahead of time, kept in the cache), "inductor" (`torch.compile`, compiled in every process) or
             "eager" (nothing compiled; for comparison).
@@ -330,8 +346,8 @@ def accelerate(
     Raises:
         NotAPipeline, UnknownLayout, BadInput: the pipeline or an option is not what it should be.
     """
-    if guidance is not None:
-        raise BadInput(f"guidance: expected None, got {type(guidance).__name__}; this release has no CFG++")
+    if guidance is not None and not isinstance(guidance, CFGPlusPlusConfig):
+        raise BadInput(f"guidance: expected a CFGPlusPlusConfig or None, got {type(guidance).__name__}")
     if hidiffusion is not None and not isinstance(hidiffusion, HiDiffusionConfig):
         raise BadInput(f"hidiffusion: expected a HiDiffusionConfig or None, got {type(hidiffusion).__name__}")
     check_choice("on_miss", on_miss, ON_MISS)
@@ -361,11 +377,18 @@ def accelerate(
         for net in served_nets:
             net.install(patch, undo)
 
-    install(pipe, hidiffusion or _NO_HIDIFFUSION, family, task, region_layer)
+    step = CompiledStep(dispatcher, unet.config.out_channels)
+    guided = None if guidance is None else apply_cfgpp(pipe, config=guidance, stepper=step)
+    try:
+        install(pipe, hidiffusion or _NO_HIDIFFUSION, family, task, region_layer)
+    except BaseException:
+        if guided is not None:
+            guided.remove()
+        raise
     undo, decoder = UndoLog(), ServedDecoder(dispatcher)
     if getattr(pipe, "vae", None) is not None and hasattr(pipe.vae, "decoder"):
         decoder.install(pipe.vae, undo)
-    handle = Handle(pipe, dispatcher, served_unet, served_nets, decoder, undo)
+    handle = Handle(pipe, dispatcher, served_unet, served_nets, decoder, guided, step, undo)
     undo.replace(pipe, _HANDLE, handle, "handle")
     return handle
 

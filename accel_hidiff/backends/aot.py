@@ -38,7 +38,9 @@ _PACKAGE = "package.pt2"
 _GRAPH_SOURCES = (
     "regions/base.py",
     "regions/blocks.py",
+    "regions/step.py",
     "regions/whole.py",
+    "cfgpp/maths.py",
     "windows.py",
     "forwards.py",
     "call.py",

@@ -218,6 +218,25 @@ def test_explain_tells_what_an_odd_size_costs(
     assert explanation["notice"] is None
 
 
+def test_cfgpp_from_the_command_line(
+    capsys: pytest.CaptureFixture[str], model_folder: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    """The step is one artifact more; another lambda needs none."""
+    report = run_json(capsys, "precompile", model_folder, "--cache", own_cache, *SIZE, "--cfgpp", "0.6")
+    assert (report["compiled"], report["artifacts"]) == (1, 7)
+    (explanation,) = run_json(capsys, "explain", model_folder, "--cache", own_cache, *SIZE, "--cfgpp", "0.3")
+    assert explanation["ready"] and [row["topology"] for row in explanation["rows"]][-2:] == [
+        "CFG++ step",
+        "VAE decoder",
+    ]
+    arguments = ["--cache", own_cache, *SIZE, "--on-miss", "error", "--out", tmp_path, "--cfgpp", "0.3"]
+    report = run_json(capsys, "generate", model_folder, *arguments)
+    assert report["stats"]["compiles"] == 0 and report["stats"]["hits"] == 2 * STEPS + 1
+    assert "lambda: expected a number in 0..1, got 7.5" in refused(
+        capsys, "generate", model_folder, *SIZE, "--cfgpp", "7.5"
+    )
+
+
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [

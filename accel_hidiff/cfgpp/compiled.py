@@ -1,0 +1,99 @@
+"""CFG++ steps through the dispatcher: one compiled graph for all samplers, steps, strengths and sizes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from accel_hidiff.cfgpp.guidance import Predictions, Step, eager_step
+from accel_hidiff.clock import index_in
+from accel_hidiff.dispatch import Dispatcher, Graphs
+from accel_hidiff.errors import BadInput
+from accel_hidiff.guard import CallFacts
+from accel_hidiff.regions.step import STEP, StepRegion
+from accel_hidiff.topology import PLAIN
+
+
+class CompiledStep:
+    """Runs the steps of CFG++ schedulers on a pipeline (a stepper of `cfgpp.guidance`).
+
+    Args:
+        dispatcher: finds the graph.
+        channels: of the latents.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, channels: int) -> None:
+        self.dispatcher = dispatcher
+        self.region = StepRegion(channels)
+        self._state = _State()
+        dispatcher.register(STEP, self.region.module, [self.region])
+
+    def __call__(
+        self, scheduler: Any, inner: Step, said: Predictions, timestep: Any, sample: Tensor, options: dict[str, Any]
+    ) -> Any:
+        """One step; the scheduler is afterwards where its own `step` would have left it."""
+        batch, _, height, width = sample.shape
+        graph = self.dispatcher.graph(
+            (STEP, sample.shape, sample.dtype, sample.device, *_modes(sample)),
+            lambda: _facts(sample),
+            lambda: self.graphs(height, width, batch, dtype=sample.dtype, device=sample.device),
+        )
+        compiled = graph.calls.get(STEP)
+        rows = self._rows(scheduler, sample, options) if compiled is not None else None
+        index = index_in(timestep, scheduler.timesteps)
+        if compiled is None or rows is None or index is None:
+            return eager_step(scheduler, inner, said, timestep, sample, options)
+        state, wide = self._state, rows.dtype
+        noise = scheduler.draw_noise(sample.to(wide), options)
+        if state.history is None or state.history.shape != sample.shape:
+            state.history = torch.zeros_like(sample, dtype=wide)
+        strength = torch.full((), said.strength, device=sample.device)
+        nothing = state.history if noise is None else noise  # its coefficient is 0
+        x_next, state.history = compiled(sample, said.uncond, said.cond, state.history, nothing, rows[index], strength)
+        scheduler.advance_to(index + 1)
+        return SchedulerOutput(prev_sample=x_next) if options.get("return_dict", True) else (x_next,)
+
+    def graphs(self, height: int, width: int, batch: int, *, dtype: torch.dtype, device: torch.device) -> Graphs:
+        """The graph and the sizes of a step; `batch` is the number of samples, guidance not counted."""
+        sizes = {"batch": batch, "height": height, "width": width}
+        return [(self.dispatcher.binder.graph(self.region, PLAIN, sizes, dtype, device), sizes)]
+
+    def _rows(self, scheduler: Any, sample: Tensor, options: dict[str, Any]) -> Tensor | None:
+        """The coefficients of the running request, made at its first step; None where a step is not linear."""
+        eta = float(options.get("eta", 0.0))
+        state, request = self._state, (id(scheduler), eta, sample.device, sample.dtype)
+        if state.timesteps is not scheduler.timesteps or state.request != request:
+            try:
+                rows = scheduler.coefficients_for(eta)
+            except BadInput as problem:
+                self.dispatcher.refuse(str(problem))
+                return None
+            wide = torch.promote_types(sample.dtype, torch.float32)
+            state.timesteps, state.request, state.history = scheduler.timesteps, request, None
+            state.rows = rows.to(device=sample.device, dtype=wide)
+        return state.rows
+
+
+class _State(threading.local):
+    """The request that runs on this thread."""
+
+    timesteps: Tensor | None = None
+    request: Any = None
+    rows: Tensor | None = None
+    history: Tensor | None = None
+
+
+def _modes(sample: Tensor) -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(sample.device.type)
+
+
+def _facts(sample: Tensor) -> CallFacts:
+    batch, _, height, width = sample.shape
+    grad, autocast = _modes(sample)
+    return CallFacts(
+        PLAIN, height, width, batch, 0, str(sample.dtype), str(sample.device), grad=grad, autocast=autocast
+    )
