@@ -214,6 +214,8 @@ class Handle:
             PatchConflict: something else replaced a patched attribute since; nothing is removed then.
         """
         self.patch.check_removable()
+        if self._guidance is not None:
+            self._guidance.check_removable()
         self._undo.undo()
         if self._guidance is not None:
             self._guidance.remove()

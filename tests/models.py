@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from accel_hidiff.demo import model as demo
 
-__all__ = ["SUPPORTED", "arguments", "build", "build_adapter", "ip_adapter_arguments", "with_ip_adapter"]
+__all__ = ["PAIRS", "SUPPORTED", "arguments", "build", "build_adapter", "ip_adapter_arguments", "with_ip_adapter"]
 
 PROMPT = "a red circle"
 _TINY = demo.tiny_config()
@@ -132,6 +133,12 @@ _FAMILIES = {
 
 SUPPORTED: tuple[tuple[str, str], ...] = tuple(
     (name, task) for name, family in _FAMILIES.items() for task in family.tasks
+)
+
+# For `pytest.mark.parametrize`: text-to-image of each family and each task of SDXL always, the rest of the matrix slow.
+PAIRS = tuple(
+    pytest.param(*pair, marks=() if pair[0] == "sdxl" or pair[1] == "text2img" else pytest.mark.slow)
+    for pair in SUPPORTED
 )
 
 

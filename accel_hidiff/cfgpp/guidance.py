@@ -83,6 +83,10 @@ class Guidance:
         undo.replace(pipe, "encode_prompt", self._before(pipe.encode_prompt, self._check_request), "CFG++ checks")
         undo.replace(pipe, _GUIDANCE, self, "CFG++ record")
 
+    def check_removable(self) -> None:
+        """PatchConflict if somebody else replaced a method that CFG++ had replaced."""
+        self._undo.check()
+
     def remove(self) -> Any:
         """Takes CFG++ off; the pipeline is then what it was, with its plain scheduler. Returns the pipeline.
 

@@ -81,10 +81,7 @@ def test_without_a_scale_the_guidance_scale_is_read_as_lambda(one_thread: None) 
         assert close(generate(pipe, guidance_scale=scale), want), "with a scale, guidance_scale only turns guidance on"
 
 
-FAMILIES = [pair for pair in models.SUPPORTED if pair[0] != "playground"]
-
-
-@pytest.mark.parametrize(("family", "task"), FAMILIES)
+@pytest.mark.parametrize(("family", "task"), [pair for pair in models.PAIRS if pair.values[0] != "playground"])
 def test_every_family_and_task_runs_with_hidiffusion(one_thread: None, family: str, task: str) -> None:
     """Applied in either order, CFG++ and HiDiffusion give the same image, and another than each alone."""
     images = []

@@ -33,7 +33,7 @@ def keys_of(pipe: Any, cache: Path, device: torch.device) -> list[list[str]]:
         ("kolors", "img2img"),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_skeleton_names_the_graphs_of_its_pipeline(family: str, task: str, dtype: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "model")
     models.build(family, task).save_pretrained(folder)

@@ -282,7 +282,7 @@ class TestBadInput:
             ({"regions": "all"}, "regions: expected one of"),
             ({"shapes": "any"}, "shapes: expected one of"),
             ({"cache": None}, "cache: expected"),
-            ({"guidance": object()}, "guidance: expected None"),
+            ({"guidance": object()}, "guidance: expected a CFGPlusPlusConfig or None"),
             ({"hidiffusion": {"t1_ratio": 0.5}}, "hidiffusion: expected"),
         ],
     )
