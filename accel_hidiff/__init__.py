@@ -24,6 +24,8 @@ _HOME = {
     "apply_cfgpp": "cfgpp.guidance",
     "remove_cfgpp": "cfgpp.guidance",
     "equivalent_cfg_scale": "cfgpp.maths",
+    "invert": "cfgpp.inversion",
+    "Inversion": "cfgpp.inversion",
     "accelerate": "pipeline",
     "Handle": "pipeline",
     "SizeWarning": "errors",
