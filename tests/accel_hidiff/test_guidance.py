@@ -69,6 +69,24 @@ def test_a_request_is_the_loop_that_knows_both_predictions(one_thread: None, sch
     assert not close(generate(pipe), plain, 1e-2)
 
 
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_both_pooled_embeddings_and_the_size_in_order_are_used_at_every_lambda(
+    one_thread: None, strength: float
+) -> None:
+    """The authors' code drops one of the embeddings at lambda 0 and 1, and swaps height and width in the time ids."""
+    pipe = build()
+    want = by_hand(pipe, strength)
+    ah.apply_cfgpp(pipe, strength)
+    assert close(generate(pipe), want)
+    ids: list[torch.Tensor] = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda _, __, kwargs: ids.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    generate(pipe)
+    hook.remove()
+    assert ids[0].tolist() == [[128, 192, 0, 0, 128, 192]] * 2
+
+
 def test_without_a_scale_the_guidance_scale_is_read_as_lambda(one_thread: None) -> None:
     pipe = build()
     want = by_hand(pipe, 0.4)
