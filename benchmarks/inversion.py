@@ -23,7 +23,8 @@ from torch import Tensor
 
 import accel_hidiff as ah
 from accel_hidiff.cfgpp import maths
-from accel_hidiff.cfgpp.inversion import Grid, Predictor, climb, descend, invert, reconstruction_error
+from accel_hidiff.cfgpp.climbing import Grid, Predictor, climb, descend
+from accel_hidiff.cfgpp.inversion import invert, reconstruction_error
 from benchmarks import harness as h
 
 STEPS = (10, 30, 50)

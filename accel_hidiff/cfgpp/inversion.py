@@ -20,204 +20,22 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import retrieve_latents
 from torch import Tensor
 
-from accel_hidiff.cfgpp import maths
-from accel_hidiff.config import check_lambda, check_steps
+from accel_hidiff.cfgpp.climbing import DEFAULT_SCALES, Grid, check_guidance, check_scale, climb, descend
+from accel_hidiff.cfgpp.images import decode, load_image
 from accel_hidiff.errors import BadInput, NotAPipeline
 from accel_hidiff.patching import Patch, find_patch, find_unet
-from accel_hidiff.schedulers import DDIMCFGPPScheduler
 from accel_hidiff.shifts import window_shifts
 
-__all__ = ["Grid", "Inversion", "ReconstructionError", "Sampled", "climb", "descend", "invert", "reconstruction_error"]
-
-GUIDANCES = ("cfgpp", "cfg")
-DEFAULT_SCALES = {"cfgpp": 0.6, "cfg": 7.5}
-
-Predictor: TypeAlias = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""(sample, index of a timestep in the grid) -> (unconditional, conditional) outputs of the network, as the sample."""
-Scale: TypeAlias = float | Sequence[float]
-
-
-# --- the loops --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The levels of N DDIM steps.
-
-    Attributes:
-        timesteps: N, falling; what the network is told.
-        alphas: N + 1 cumulative alphas in 0..1, rising: those of the timesteps, and the one that sampling ends at.
-        prediction: what the network predicts, one of `maths.PREDICTIONS`.
-
-    Raises:
-        BadInput: no step, alphas that do not fit, or an unknown prediction type.
-    """
-
-    timesteps: tuple[int, ...]
-    alphas: tuple[float, ...]
-    prediction: str = "epsilon"
-
-    def __post_init__(self) -> None:
-        if not self.timesteps or len(self.alphas) != len(self.timesteps) + 1:
-            raise BadInput(
-                f"alphas: expected one for each of at least one timestep and a last one, got {len(self.alphas)} for "
-                f"{len(self.timesteps)} timesteps"
-            )
-        if not (self.alphas[0] >= 0 and self.alphas[-1] <= 1) or any(a > b for a, b in pairwise(self.alphas)):
-            raise BadInput("alphas: expected cumulative alphas in 0..1 that rise towards the clean end")
-        if self.prediction not in maths.PREDICTIONS:
-            raise BadInput(
-                f"prediction_type: expected one of {', '.join(maths.PREDICTIONS)}, got {self.prediction!r}; set the "
-                "scheduler's prediction_type to what the UNet predicts"
-            )
-        if self.alphas[0] == 0 and self.prediction == "epsilon":
-            raise BadInput(
-                "rescale_betas_zero_snr: expected prediction_type='v_prediction' or 'sample', got 'epsilon', which "
-                "says nothing about the clean sample at zero signal; set rescale_betas_zero_snr=False"
-            )
-
-    @classmethod
-    def of(cls, scheduler: Any, num_inference_steps: int) -> Grid:
-        """DDIM's levels for a scheduler's config: its table, spacing and offset, in float64.
-
-        The sample is never clipped, and unless the config has `set_alpha_to_one` the last level is the table's first
-        one: as latent models have it. The scheduler itself is left alone.
-
-        Raises:
-            BadInput: no table of cumulative alphas (EDM and flow schedulers), options that DDIM has no counterpart of,
-                an unknown prediction type, or steps that the table does not have.
-        """
-        steps, config = check_steps(num_inference_steps), getattr(scheduler, "config", {})
-        table = getattr(scheduler, "alphas_cumprod", None)
-        if not isinstance(table, Tensor):
-            raise BadInput(
-                f"scheduler: expected one with cumulative alphas (DDIM, Euler, DPM++, PNDM), got "
-                f"{type(scheduler).__name__}; its noise levels are not those of DDIM inversion"
-            )
-        prediction = config.get("prediction_type", "epsilon")
-        if prediction not in maths.PREDICTIONS:
-            cls((0,), (0.5, 1.0), prediction)  # refuses it
-        if steps > len(table):
-            raise BadInput(f"steps: expected at most the {len(table)} training steps, got {steps}")
-        last_is_one = bool(config.get("set_alpha_to_one", False))
-        ddim = DDIMCFGPPScheduler.from_config(config, clip_sample=False, set_alpha_to_one=last_is_one)
-        alphas = ddim.alphas_cumprod.double()
-        if len(alphas) != len(table) or not torch.allclose(alphas, table.cpu().double(), rtol=1e-4, atol=1e-6):
-            raise BadInput(
-                f"scheduler: expected noise levels that its config gives to DDIM too, got others from "
-                f"{type(scheduler).__name__}; set pipe.scheduler to a DDIMScheduler with the model's betas"
-            )
-        ddim.set_timesteps(steps)
-        timesteps = [int(t) for t in ddim.timesteps]
-        if timesteps[0] >= len(alphas):
-            raise BadInput(
-                f"steps: expected timesteps below {len(alphas)}, got {timesteps[0]} with {steps} steps; take fewer, or "
-                "another timestep_spacing or steps_offset"
-            )
-        levels = [float(alphas[t]) for t in timesteps]
-        return cls(tuple(timesteps), (*levels, float(ddim.final_alpha_cumprod)), prediction)
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    @property
-    def sigmas(self) -> Tensor:
-        """The N + 1 levels s / a, falling, float64 on the CPU; infinite at zero signal."""
-        alphas = torch.tensor(self.alphas, dtype=torch.float64)
-        return ((1 - alphas) / alphas).sqrt()
-
-
-def climb(predict: Predictor, x: Tensor, grid: Grid, scale: Scale, guidance: str = "cfgpp") -> Tensor:
-    """DDIM inversion: from the grid's clean end to its noisy end.
-
-    A step ends at the level of a timestep, and the network is asked with that timestep at the sample before the step.
-
-    Args:
-        predict: the network; asked once a step, with steps from the last to the first.
-        x: the clean sample in the VP state, any shape, floating point.
-        grid: the levels.
-        scale: lambda in 0..1, or the CFG weight; one number, or one for each timestep of the grid.
-        guidance: "cfgpp" (Algorithm 2 backwards) or "cfg" (Algorithm 1 backwards).
-
-    Returns:
-        The inverted sample, of x's shape, in float32 or float64.
-
-    Raises:
-        BadInput: scale or guidance is not what it should be.
-    """
-    x, scales = _upcast(x), _scales(scale, guidance, len(grid))
-    for step in reversed(range(len(grid))):
-        here, there = maths.level(grid.alphas[step + 1]), maths.level(grid.alphas[step])
-        guided, uncond = _guided(predict, x, step, scales[step])
-        noise, noise_uncond = (maths.eps_of(grid.prediction, output, x, *there) for output in (guided, uncond))
-        x = maths.ddim_cfgpp_inversion(x, noise, noise_uncond if guidance == "cfgpp" else noise, *here, *there)
-    return x
-
-
-def descend(predict: Predictor, x: Tensor, grid: Grid, scale: Scale, guidance: str = "cfgpp") -> Tensor:
-    """DDIM sampling: from the grid's noisy end to its clean end; arguments, result and errors as for `climb`.
-
-    The steps are those of `DDIMCFGPPScheduler.step`, for "cfg" with uncond_output=guided.
-    """
-    x, scales = _upcast(x), _scales(scale, guidance, len(grid))
-    for step in range(len(grid)):
-        here, there = maths.level(grid.alphas[step]), maths.level(grid.alphas[step + 1])
-        guided, uncond = _guided(predict, x, step, scales[step])
-        clean = maths.x0_of(grid.prediction, guided, x, *here)
-        noise = maths.eps_of(grid.prediction, uncond if guidance == "cfgpp" else guided, x, *here)
-        x = maths.ddim_cfgpp(clean, noise, *there)
-    return x
-
-
-def _guided(predict: Predictor, x: Tensor, step: int, scale: float) -> tuple[Tensor, Tensor]:
-    uncond, cond = predict(x, step)
-    return maths.guided(uncond, cond, scale), uncond
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _check_guidance(guidance: object) -> str:
-    if not isinstance(guidance, str) or guidance not in GUIDANCES:
-        raise BadInput(
-            f"guidance: expected one of {', '.join(GUIDANCES)}, got {guidance!r}; to go without guidance pass scale=0, "
-            "which is unconditional, or guidance='cfg' with scale=1"
-        )
-    return guidance
-
-
-def _scales(scale: Scale, guidance: object, steps: int) -> list[float]:
-    guidance = _check_guidance(guidance)
-    each = list(scale) if isinstance(scale, Sequence) and not isinstance(scale, str) else [scale] * steps
-    if len(each) != steps:
-        raise BadInput(f"scale: expected a number, or one for each of {steps} steps, got {len(each)}")
-    return [_check_scale(one, guidance) for one in each]
-
-
-def _check_scale(scale: object, guidance: str) -> float:
-    if guidance == "cfgpp":
-        return check_lambda(scale)
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if not number or not 0 <= scale < math.inf:  # type: ignore[operator]
-        raise BadInput(f"scale: expected a CFG weight of at least 0, got {scale!r}; 1 is the conditional model alone")
-    return float(scale)  # type: ignore[arg-type]
-
-
-# --- errors of a round trip -------------------------------------------------------------------------------------------
+__all__ = ["Inversion", "ReconstructionError", "Sampled", "invert", "reconstruction_error"]
 
 
 @dataclass(frozen=True)
@@ -250,9 +68,6 @@ def _psnr(pixels: Tensor, reference: Tensor) -> float:
     return -10 * math.log10(square) if square > 0 else math.inf
 
 
-# --- pipelines --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Sampled:
     """What sampling from an inverted latent gave.
@@ -275,7 +90,7 @@ class Sampled:
         Raises:
             BadInput: the pipeline has no VAE.
         """
-        pipe, pixels = self.pipe, _decode(self.pipe, self.latents)
+        pipe, pixels = self.pipe, decode(self.pipe, self.latents)
         flagged = None
         if getattr(pipe, "safety_checker", None) is not None:
             pixels, flagged = pipe.run_safety_checker(pixels, pixels.device, pipe.unet.dtype)
@@ -346,7 +161,7 @@ class Inversion:
         if getattr(self.pipe, "vae", None) is None:
             return error
         pixels, clean = (
-            _decode(self.pipe, latents).float().add(1).div(2).clamp(0, 1) for latents in (found, self.clean)
+            decode(self.pipe, latents).float().add(1).div(2).clamp(0, 1) for latents in (found, self.clean)
         )
         _free(self.pipe)
         against_image = None if self.image is None else _psnr(pixels, self.image)
@@ -394,12 +209,12 @@ def invert(
         NotAPipeline: no diffusers pipeline with a UNet.
         BadInput: a pipeline of another task or another conditioning, no VAE, or a value that is not what it should be.
     """
-    guidance = _check_guidance(guidance)
-    strength = _check_scale(DEFAULT_SCALES[guidance] if scale is None else scale, guidance)
+    guidance = check_guidance(guidance)
+    strength = check_scale(DEFAULT_SCALES[guidance] if scale is None else scale, guidance)
     _check_pipeline(pipe)
     grid, patch = Grid.of(pipe.scheduler, num_inference_steps), find_patch(pipe.unet)
     seed = _shift_seed(shift_seed, generator, patch)
-    clean, pixels = _load(pipe, image, height, width, generator)
+    clean, pixels = load_image(pipe, image, height, width, generator)
     request = _Request(pipe, grid, seed)
     latents = request.run(climb, clean, prompt, negative_prompt, strength, guidance)
     negative = None if negative_prompt is None else _prompts("negative_prompt", negative_prompt, len(clean))
@@ -525,127 +340,3 @@ def _check_pipeline(pipe: Any) -> None:
 
 def _free(pipe: Any) -> None:
     pipe.maybe_free_model_hooks()
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def _load(pipe: Any, image: Any, height: Any, width: Any, generator: Any) -> tuple[Tensor, Tensor | None]:
-    """(latents, pixels in 0..1, or None where latents were given), on the pipeline's device."""
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    if not images or not all(isinstance(one, PIL.Image.Image | Tensor | np.ndarray) for one in images):
-        raise BadInput(
-            f"image: expected PIL images, tensors or arrays, got {type(images[0] if images else image).__name__}"
-        )
-    if len({(_kind(one), _size(one)) for one in images}) > 1:
-        raise BadInput("image: expected images of one kind and size, got several; invert them one by one")
-    images = [one.convert("RGB") if isinstance(one, PIL.Image.Image) else one for one in images]
-    channels, dtype = pipe.unet.config.in_channels, torch.promote_types(pipe.unet.dtype, torch.float32)
-    device, cell = pipe._execution_device, int(pipe.vae_scale_factor)
-    first = images[0]
-    if isinstance(first, Tensor) and first.ndim in (3, 4) and first.shape[-3] == channels:
-        latents = torch.cat(images) if first.ndim == 4 else torch.stack(images)
-        _check_finite(latents, "latents", math.inf)
-        for name, asked, side in (("height", height, latents.shape[-2]), ("width", width, latents.shape[-1])):
-            if asked is not None and asked != side * cell:
-                raise BadInput(f"{name}: expected {side * cell}, that of the latents given as image, got {asked!r}")
-        return latents.to(device, dtype), None
-    if getattr(pipe, "vae", None) is None:
-        raise BadInput(
-            "pipe.vae: expected a VAE to encode the image with, got None; load one, or pass latents as image"
-        )
-    own = _size(first)
-    size = tuple(
-        _check_side(name, side if asked is None else asked, cell)
-        for name, asked, side in zip(("height", "width"), (height, width), own, strict=True)
-    )
-    if not isinstance(first, PIL.Image.Image):
-        for one in images:
-            _check_array(one)
-    batched = not isinstance(first, PIL.Image.Image) and first.ndim == 4
-    joined = (torch.cat(images) if isinstance(first, Tensor) else np.concatenate(images)) if batched else images
-    pixels = pipe.image_processor.preprocess(joined, *size).float()
-    if pixels.shape[1] != 3:
-        raise BadInput(f"image: expected 3 channels, got {pixels.shape[1]}; arrays have them last, tensors first")
-    _check_finite(pixels, "image", 1.001)
-    return _encode(pipe, pixels.to(device), generator).to(dtype), pixels.to(device).add(1).div(2).clamp(0, 1)
-
-
-def _kind(image: Any) -> tuple[type, int]:
-    return (PIL.Image.Image, 0) if isinstance(image, PIL.Image.Image) else (type(image), image.ndim)
-
-
-def _size(image: Any) -> tuple[int, int]:
-    """(height, width) of a picture."""
-    if isinstance(image, PIL.Image.Image):
-        return image.height, image.width
-    if image.ndim not in (3, 4):
-        raise BadInput(f"image: expected 3 or 4 dimensions, got {image.ndim}: shape {tuple(image.shape)}")
-    sides = image.shape[-2:] if isinstance(image, Tensor) else image.shape[-3:-1]
-    return int(sides[0]), int(sides[1])
-
-
-def _check_side(name: str, side: Any, cell: int) -> int:
-    if isinstance(side, bool) or not isinstance(side, int) or side <= 0 or side % cell:
-        nearest = max(cell, round(side / cell) * cell) if isinstance(side, int) else cell
-        raise BadInput(
-            f"{name}: expected a positive multiple of {cell} pixels, got {side!r}; the nearest is {nearest}, pass "
-            f"{name}={nearest} to resize"
-        )
-    return side
-
-
-def _check_array(image: Any) -> None:
-    floating = image.is_floating_point() if isinstance(image, Tensor) else np.issubdtype(image.dtype, np.floating)
-    if not floating:
-        raise BadInput(f"image: expected floating-point values in 0..1, got {image.dtype}; divide by 255")
-
-
-def _check_finite(values: Tensor, name: str, limit: float) -> None:
-    if not bool(torch.isfinite(values).all()) or float(values.abs().max()) > limit:
-        expected = "finite values" if limit == math.inf else "values in 0..1"
-        raise BadInput(f"{name}: expected {expected}, got {float(values.min()):g} to {float(values.max()):g}")
-
-
-@contextmanager
-def _float32_vae(vae: Any) -> Iterator[torch.dtype]:
-    """The VAE's dtype inside: float32 for a half-precision one that overflows, as in the image-to-image pipelines."""
-    dtype = vae.dtype
-    if not vae.config.get("force_upcast") or dtype not in (torch.float16, torch.bfloat16):
-        yield dtype
-        return
-    vae.to(dtype=torch.float32)
-    try:
-        yield torch.float32
-    finally:
-        vae.to(dtype=dtype)
-
-
-def _statistics(vae: Any, like: Tensor) -> tuple[Any, Any]:
-    """(mean, std) of the latents, (1, C, 1, 1), or 0 and 1 where the config has none; std over the scaling factor."""
-    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    factor = vae.config.scaling_factor
-    if mean is None or std is None:
-        return 0.0, 1 / factor
-    rows = [torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for values in (mean, std)]
-    return rows[0], rows[1] / factor
-
-
-def _encode(pipe: Any, pixels: Tensor, generator: Any) -> Tensor:
-    """(B, 3, H, W) in -1..1 to scaled latents, at least float32."""
-    with _float32_vae(pipe.vae) as dtype:
-        encoded = pipe.vae.encode(pixels.to(dtype))
-        drawn = retrieve_latents(encoded, generator, "argmax" if generator is None else "sample")
-    latents = _upcast(drawn)
-    mean, std = _statistics(pipe.vae, latents)
-    return (latents - mean) / std
-
-
-@torch.no_grad()
-def _decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Scaled latents to (B, 3, H, W) in about -1..1, in the dtype that the VAE computed in."""
-    if getattr(pipe, "vae", None) is None:
-        raise BadInput("pipe.vae: expected a VAE to decode with, got None; load one, or use .latents")
-    mean, std = _statistics(pipe.vae, latents)
-    with _float32_vae(pipe.vae) as dtype:
-        return pipe.vae.decode((latents * std + mean).to(dtype), return_dict=False)[0]

@@ -23,7 +23,8 @@ from torch import Tensor
 
 import accel_hidiff as ah
 from accel_hidiff.cfgpp import maths
-from accel_hidiff.cfgpp.inversion import Grid, climb, descend, invert, reconstruction_error
+from accel_hidiff.cfgpp.climbing import Grid, climb, descend
+from accel_hidiff.cfgpp.inversion import invert, reconstruction_error
 from accel_hidiff.errors import BadInput, NotAPipeline
 from accel_hidiff.patching import Patch
 from accel_hidiff.schedulers import DDIMCFGPPScheduler
