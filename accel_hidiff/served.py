@@ -7,7 +7,7 @@ needs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from accel_hidiff.call import UNetCall
 from accel_hidiff.control import DOWN
 from accel_hidiff.dispatch import Dispatcher, Graphs
-from accel_hidiff.families import Layout, feature_sizes
+from accel_hidiff.families import Layout, Size, feature_sizes
 from accel_hidiff.forwards import Forward
 from accel_hidiff.guard import CallFacts
 from accel_hidiff.patching import Patch
@@ -26,7 +26,9 @@ from accel_hidiff.regions import (
     ControlNetRegion,
     DecoderRegion,
     Region,
+    RegionGraph,
     ResnetRegion,
+    Sizes,
     TransformerRegion,
     UNetRegion,
     find_blocks,
@@ -105,16 +107,14 @@ class ServedUNet:
         controlled: bool = False,
     ) -> Graphs:
         """The graph and the sizes of every region in a call; sizes are latent."""
-        patch, binder = self.patch, self.dispatcher.binder
+        patch = self.patch
         features = feature_sizes(patch.layout, patch.family, height, width, topology)
         named = {f"{UNET}.{path}": size for path, size in features.items()}
-        own = patch.function_ids()
-        found: Graphs = []
-        for region in self.regions:
-            region.own_forwards = own
-            sizes = region.sizes(named, batch, tokens)
-            found.append((binder.graph(region, topology, sizes, dtype, device, controlled), sizes))
-        return found
+
+        def graph(region: Region, sizes: Sizes) -> RegionGraph:
+            return self.dispatcher.binder.graph(region, topology, sizes, dtype, device, controlled)
+
+        return _graphs_of(self.regions, patch, named, batch, tokens, graph)
 
 
 class ServedControlNet:
@@ -167,16 +167,14 @@ class ServedControlNet:
     ) -> Graphs:
         """The graph and the sizes of every region in a call; sizes are latent, at the trained scale."""
         assert self._patch is not None, "served models are installed first"
-        binder, own = self.dispatcher.binder, self._patch.function_ids()
         layout = Layout.from_config(self.net.config)
         features = feature_sizes(layout, self._patch.family, height, width, PLAIN)
         named = {f"{self.name}.{path}": size for path, size in features.items()}
-        found: Graphs = []
-        for region in self.regions:
-            region.own_forwards = own
-            sizes = region.sizes(named, batch, tokens)
-            found.append((binder.graph(region, PLAIN, sizes, dtype, device), sizes))
-        return found
+
+        def graph(region: Region, sizes: Sizes) -> RegionGraph:
+            return self.dispatcher.binder.graph(region, PLAIN, sizes, dtype, device)
+
+        return _graphs_of(self.regions, self._patch, named, batch, tokens, graph)
 
 
 class ServedDecoder:
@@ -219,6 +217,24 @@ class ServedDecoder:
             return []
         sizes = {"batch": batch, "height": height, "width": width}
         return [(self.dispatcher.binder.graph(self.region, PLAIN, sizes, dtype, device), sizes)]
+
+
+def _graphs_of(
+    regions: Sequence[Region],
+    patch: Patch,
+    features: Mapping[str, Size],
+    batch: int,
+    tokens: int,
+    graph: Callable[[Region, Sizes], RegionGraph],
+) -> Graphs:
+    """The graph and the sizes of every region of a model whose features have these sizes, by region path."""
+    own = patch.function_ids()
+    found: Graphs = []
+    for region in regions:
+        region.own_forwards = own
+        sizes = region.sizes(features, batch, tokens)
+        found.append((graph(region, sizes), sizes))
+    return found
 
 
 def install_blocks(dispatcher: Dispatcher, name: str, model: nn.Module, patch: Patch, undo: UndoLog) -> list[Region]:
