@@ -65,7 +65,8 @@ class Guidance:
         self._pipe = weakref.ref(pipe)
         self._stepper = stepper
         self._undo = UndoLog()
-        self._schedulers: list[tuple[Any, Any]] = []  # (CFG++ scheduler that is driven here, plain one in its place)
+        self._driven: Any = None  # the CFG++ scheduler whose steps are taken here
+        self._plain: Any = None  # the user's, in whose place it is: the same, if that is a CFG++ one
         self._said = _Said()
 
     @property
@@ -96,11 +97,9 @@ class Guidance:
         self._undo.undo()
         self._hook.remove()
         pipe = self.pipe
-        while self._schedulers:
-            driven, plain = self._schedulers.pop()
-            del vars(driven)["step"]
-            if pipe.scheduler is driven:
-                vars(pipe)["scheduler"] = plain
+        if pipe.scheduler is self._driven:
+            vars(pipe)["scheduler"] = self._plain
+        self._release_scheduler()
         return pipe
 
     def strength(self) -> float:
@@ -136,13 +135,20 @@ class Guidance:
         pipe = self.pipe
         current = pipe.scheduler
         self._said.prediction = None
-        if any(driven is current for driven, _ in self._schedulers):
+        if current is self._driven:
             return
         kind = counterpart(current)
         driven = current if type(current) is kind else kind.from_config(current.config)
+        self._release_scheduler()
         vars(driven)["step"] = self._drive(driven, driven.step)
-        self._schedulers.append((driven, current))
+        self._driven, self._plain = driven, current
         vars(pipe)["scheduler"] = driven
+
+    def _release_scheduler(self) -> None:
+        """The scheduler of the requests before is its own again, and is not kept."""
+        if self._driven is not None:
+            del vars(self._driven)["step"]
+        self._driven = self._plain = None
 
     def _check_request(self) -> None:
         """A request begins; its guidance is known now, and nothing has run yet."""
