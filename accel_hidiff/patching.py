@@ -34,7 +34,7 @@ from accel_hidiff.forwards import (
     window_frame,
 )
 from accel_hidiff.recognize import Recognized, recognize
-from accel_hidiff.schedule import LATENT_CELL, PhasePlan, plan_latent, plan_pixels, running_steps
+from accel_hidiff.schedule import LATENT_CELL, PhasePlan, controls, plan_latent, plan_pixels, running_steps
 from accel_hidiff.shifts import check_shifts, window_shifts
 from accel_hidiff.sizes import control_size, odd_window_notice, suggest_latent
 from accel_hidiff.undo import UndoLog, refuse_copy
@@ -218,7 +218,7 @@ class Patch:
 
     def controls(self, position: StepPosition) -> bool:
         """Whether ControlNets run in a step: in the first `control_ratio` of all."""
-        return position.step < self.control_ratio * position.num_steps
+        return controls(*position, self.control_ratio)
 
     def owns(self, timestep: Any) -> bool:
         """Whether a call with this timestep is one of `phase`, or of a pipeline on the patched components."""

@@ -159,7 +159,12 @@ def control_steps(num_steps: int, ratio: float) -> int:
     >>> control_steps(10, 0.6), control_steps(7, 0.6)
     (6, 5)
     """
-    return sum(step < ratio * num_steps for step in range(num_steps))
+    return sum(controls(step, num_steps, ratio) for step in range(num_steps))
+
+
+def controls(step: int, num_steps: int, ratio: float) -> bool:
+    """Whether ControlNets run in a step."""
+    return step < ratio * num_steps
 
 
 def plan_pixels(family: Family, layout: Layout, height: int, width: int, num_steps: int, *rest: Any) -> PhasePlan:
