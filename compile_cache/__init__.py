@@ -26,28 +26,42 @@ Importing this package imports no torch, initialises no device and compiles noth
 """
 
 from .buckets import Range, ShapeBucket
+from .bundle import BundleReport
 from .cache import CompileCache
 from .entry import Entry, Nearest, VerifyReport
 from .environment import environment_factors
 from .errors import (
     BuildFailed,
+    BundleError,
     CacheLocationError,
     CacheWriteError,
     CompileCacheError,
     DamagedEntry,
     DamagedEntryWarning,
+    PermissionsWarning,
+    RemoteError,
+    RemoteWarning,
+    TrustError,
     UnstableFactor,
+    UntrustedEntryWarning,
 )
 from .keys import ABSENT, JSON, CacheKey, FactorDifference
+from .limits import Limits, PruneReport, Removal
 from .records import BlobRef
+from .remote import Remote
+from .signing import PublicKey, SigningKey, public_keys
+from .stats import CacheStats
 
 __all__ = [
     "ABSENT",
     "JSON",
     "BlobRef",
     "BuildFailed",
+    "BundleError",
+    "BundleReport",
     "CacheKey",
     "CacheLocationError",
+    "CacheStats",
     "CacheWriteError",
     "CompileCache",
     "CompileCacheError",
@@ -55,10 +69,22 @@ __all__ = [
     "DamagedEntryWarning",
     "Entry",
     "FactorDifference",
+    "Limits",
     "Nearest",
+    "PermissionsWarning",
+    "PruneReport",
+    "PublicKey",
     "Range",
+    "Remote",
+    "RemoteError",
+    "RemoteWarning",
+    "Removal",
     "ShapeBucket",
+    "SigningKey",
+    "TrustError",
     "UnstableFactor",
+    "UntrustedEntryWarning",
     "VerifyReport",
     "environment_factors",
+    "public_keys",
 ]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from .errors import DamagedEntry, one_line
 from .keys import JSON, CacheKey, FactorDifference
+from .leases import Lease
 from .records import BlobRef, Record
+from .signing import PublicKey
 from .store import BlobStore
+from .unpacked import private_copy
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,12 @@ class Entry:
         notes: plain JSON from who built it; not part of the key.
         created: when it was stored, UTC in ISO 8601.
         location: the cache that it lies in.
+        last_used: when it was handed out before this time, UTC in ISO 8601; None if it never was.
+        hits: how often it was handed out before this time.
+        pinned: whether limits leave it alone.
+        signed_by: public keys (``ed25519:...``) whose signatures it carries; only a cache with ``trust`` checks them.
+
+    An entry that the cache handed out is in use as long as this object lives: no limit removes it.
     """
 
     digest: str
@@ -31,16 +41,44 @@ class Entry:
     notes: Mapping[str, JSON]
     created: str
     location: Path = field(repr=False, compare=False)
+    last_used: str | None = field(default=None, repr=False, compare=False)
+    hits: int = field(default=0, repr=False, compare=False)
+    pinned: bool = field(default=False, repr=False, compare=False)
+    signed_by: tuple[str, ...] = field(default=(), repr=False)
+    _lease: Lease | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, record: Record, location: Path) -> Entry:
-        """Return the entry of a record that was checked."""
-        return cls(record.digest, record.factors, record.files, record.notes, record.created, location)
+    def of(cls, record: Record, store: BlobStore, lease: Lease | None = None) -> Entry:
+        """Return the entry of a record that was checked; it is in use as long as the lease lives."""
+        use = store.usage.of(record.digest)
+        last = None if use.last is None else datetime.fromtimestamp(use.last, UTC).isoformat(timespec="seconds")
+        signers = tuple(str(PublicKey(signature.key)) for signature in record.signatures)
+        pinned = store.usage.is_pinned(record.digest)
+        facts = record.digest, record.factors, record.files, record.notes, record.created, store.location
+        return cls(*facts, last, use.count, pinned, signers, lease)
+
+    def unleased(self) -> Entry:
+        """The same entry, not in use: a limit may remove it."""
+        return replace(self, _lease=None)
 
     @property
     def size(self) -> int:
         """Bytes of all files together; content that two of them share counts twice."""
         return sum(ref.size for ref in self.files.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by name."""
+        return {name: ref.size for name, ref in self.files.items()}
+
+    @property
+    def path(self) -> Path:
+        """A directory with the files of the entry: checked, private to this process, gone when it ends.
+
+        Raises:
+            DamagedEntry: if the bytes are missing, cannot be read, or are other bytes.
+        """
+        return private_copy(self.files, self.read)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file, checked against its SHA-256 as they were read.
@@ -98,6 +136,8 @@ class VerifyReport:
         damaged: (path relative to the location, reason) of everything that is not sound.
         orphan_blobs: relative paths of sound blobs that no sound record names; they are not damage.
         repaired: whether the damaged things were moved into ``v1/damaged``.
+        untrusted: (relative path, reason) of sound records that no trusted key signed; they stay where they are.
+        foreign: (relative path, reason) of records that another version of this package wrote; they are not damage.
     """
 
     entries: int
@@ -106,8 +146,10 @@ class VerifyReport:
     damaged: tuple[tuple[str, str], ...]
     orphan_blobs: tuple[str, ...]
     repaired: bool = False
+    untrusted: tuple[tuple[str, str], ...] = ()
+    foreign: tuple[tuple[str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether nothing damaged was found."""
-        return not self.damaged
+        """Whether nothing damaged and nothing untrusted was found."""
+        return not self.damaged and not self.untrusted

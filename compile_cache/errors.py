@@ -30,8 +30,32 @@ class BuildFailed(CompileCacheError):
     """A build callback returned without an error, but what it left cannot be stored."""
 
 
+class TrustError(CompileCacheError):
+    """A key cannot be used, or an entry cannot be stored in a cache that only loads signed ones."""
+
+
+class BundleError(CompileCacheError):
+    """A bundle is refused: damaged, tampered with, unsigned where a signature is needed, or larger than allowed."""
+
+
+class RemoteError(CompileCacheError):
+    """The remote cannot be used: its URL, its answers, or its files."""
+
+
 class DamagedEntryWarning(UserWarning):
     """A damaged entry was found and is treated as missing."""
+
+
+class UntrustedEntryWarning(UserWarning):
+    """An entry that no trusted key signed was found and is treated as missing."""
+
+
+class RemoteWarning(UserWarning):
+    """The remote does not answer, or answers with damage; the cache goes on without it."""
+
+
+class PermissionsWarning(UserWarning):
+    """Other users may change what the cache holds."""
 
 
 def one_line(value: object, limit: int = 200) -> str:

@@ -7,13 +7,15 @@ import hashlib
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from .records import BlobRef
 
 _CHUNK: Final = 1 << 20  # bytes
+_T = TypeVar("_T")
 
 Identity = tuple[int, int, int, int]
 """Device, inode, modification time (ns) and size of a file, to see whether it was replaced after it was read."""
@@ -60,6 +62,31 @@ def sync_directory(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """``os.replace``, also where a server carries it out, loses the answer, and tells the second try of "no such file".
+
+    Raises:
+        OSError: if the target is not that file now.
+    """
+    status = os.lstat(source)
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        moved = os.lstat(target)
+        if (moved.st_dev, moved.st_ino) != (status.st_dev, status.st_ino) or os.path.lexists(source):
+            raise
+
+
+def again_if_stale(read: Callable[[], _T]) -> _T:
+    """Read once more where a network file system says that the file was replaced under its handle (ESTALE)."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+    return read()
 
 
 def remove(path: Path) -> None:

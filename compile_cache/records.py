@@ -3,6 +3,9 @@
 Two checks cover every byte of a record. The ``checksum`` field is the SHA-256 of the canonical JSON of all the other
 fields; and the file has to be, byte for byte, the text that this module writes for those fields, so that even a
 changed space or a doubled field is seen.
+
+A checksum tells damage, not who wrote the record: that is what ``signatures`` are for (see :mod:`.signing`). They lie
+in the record itself, so that signing is one atomic replacement and a copied entry keeps them.
 """
 
 from __future__ import annotations
@@ -11,19 +14,25 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
 from .errors import UnstableFactor, one_line
 from .keys import JSON, CacheKey, canonical_json
 
 RECORD_FORMAT: Final = 1
+SIGNED_PREFIX: Final = b"compile_cache manifest v1\n"
 _FIELDS: Final = {"format", "key", "factors", "files", "notes", "created", "checksum"}
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
 
 
 class BadRecord(Exception):
     """A record is not what was written. The text is the reason, without the path."""
+
+
+class ForeignRecord(BadRecord):
+    """A record of a later format than this version reads. It is not damaged: a later version serves it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,19 @@ class BlobRef:
         return cls(hashlib.sha256(data).hexdigest(), len(data))
 
 
+@dataclass(frozen=True, order=True)
+class Signature:
+    """An Ed25519 signature over :meth:`Record.signed_bytes`.
+
+    Attributes:
+        key: the public key, 64 hexadecimal digits.
+        value: the signature, 128 hexadecimal digits.
+    """
+
+    key: str
+    value: str
+
+
 @dataclass(frozen=True)
 class Record:
     """What is stored under a key: its factors, its files, and the notes of who built it.
@@ -54,6 +76,7 @@ class Record:
         files: file name (POSIX, relative) -> blob.
         notes: plain JSON, not part of the key.
         created: UTC time in ISO 8601.
+        signatures: who vouches for all of the above; at most one of each key.
     """
 
     digest: str
@@ -61,6 +84,16 @@ class Record:
     files: dict[str, BlobRef]
     notes: dict[str, JSON]
     created: str
+    signatures: tuple[Signature, ...] = ()
+
+    def signed_bytes(self) -> bytes:
+        """What a signature covers: everything but checksum and signatures, in canonical form."""
+        return SIGNED_PREFIX + canonical_json(_body(self)).encode("ascii")
+
+    def with_signature(self, signature: Signature) -> Record:
+        """The same record with one signature more; an earlier one of the same key is replaced."""
+        others = tuple(old for old in self.signatures if old.key != signature.key)
+        return replace(self, signatures=tuple(sorted((*others, signature))))
 
 
 def is_sha256(text: object) -> bool:
@@ -81,7 +114,15 @@ def is_file_name(name: object) -> bool:
 
 def encode_record(record: Record) -> bytes:
     """Return the text of a record: JSON with an indent of 1, sorted names, ASCII, a line feed at the end."""
-    body: dict[str, JSON] = {
+    body = _body(record)
+    if record.signatures:
+        body["signatures"] = {signature.key: signature.value for signature in record.signatures}
+    body["checksum"] = hashlib.sha256(canonical_json(body).encode("ascii")).hexdigest()
+    return (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def _body(record: Record) -> dict[str, JSON]:
+    return {
         "format": RECORD_FORMAT,
         "key": record.digest,
         "factors": record.factors,
@@ -89,8 +130,6 @@ def encode_record(record: Record) -> bytes:
         "notes": record.notes,
         "created": record.created,
     }
-    body["checksum"] = hashlib.sha256(canonical_json(body).encode("ascii")).hexdigest()
-    return (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
 
 def decode_record(data: bytes, digest: str) -> Record:
@@ -101,23 +140,28 @@ def decode_record(data: bytes, digest: str) -> Record:
         digest: the key digest that the file is named after.
 
     Raises:
+        ForeignRecord: if it is whole, and of another format.
         BadRecord: if any byte is not what :func:`encode_record` wrote for that key.
     """
     try:
         body = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not a JSON record ({one_line(error, 80)})") from error
-    if not isinstance(body, dict) or set(body) != _FIELDS:
+    if not isinstance(body, dict) or not {"format", "checksum"} <= set(body):
         raise BadRecord(f"not the fields of a record ({one_line(sorted(body) if body else body, 80)})")
-    version = body["format"]
-    if type(version) is not int or version != RECORD_FORMAT:
-        raise BadRecord(f"record format {one_line(version, 40)}, this version reads format {RECORD_FORMAT}")
     try:
         checksum = hashlib.sha256(canonical_json(_without_checksum(body)).encode("ascii")).hexdigest()
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"no canonical form ({one_line(error, 80)})") from error
     if checksum != body["checksum"]:
         raise BadRecord("its checksum does not match its fields")
+    version = body["format"]
+    if type(version) is not int or version < RECORD_FORMAT:
+        raise BadRecord(f"record format {one_line(version, 40)}, which no version writes")
+    if version != RECORD_FORMAT:
+        raise ForeignRecord(f"record format {one_line(version, 40)}, this version reads format {RECORD_FORMAT}")
+    if set(body) - {"signatures"} != _FIELDS:
+        raise BadRecord(f"not the fields of a record ({one_line(sorted(body), 80)})")
     record = _checked(body, digest)
     if encode_record(record) != data:
         raise BadRecord("its bytes are not the ones that were written")
@@ -144,7 +188,16 @@ def _checked(body: dict[str, object], digest: str) -> Record:
         raise BadRecord(one_line(error, 120)) from error
     if body["key"] != digest or named_by_factors != digest:
         raise BadRecord("it belongs to another key than the one it is named after")
-    return Record(digest, factors, {name: _blob_ref(name, ref) for name, ref in files.items()}, notes, created)
+    refs = {name: _blob_ref(name, ref) for name, ref in files.items()}
+    return Record(digest, factors, refs, notes, created, _signatures(body.get("signatures", {})))
+
+
+def _signatures(found: object) -> tuple[Signature, ...]:
+    if not isinstance(found, dict) or not all(
+        is_sha256(key) and isinstance(value, str) and _SIGNATURE.fullmatch(value) for key, value in found.items()
+    ):
+        raise BadRecord("its signatures are not well formed")
+    return tuple(sorted(Signature(key, value) for key, value in found.items()))
 
 
 def _blob_ref(name: str, ref: object) -> BlobRef:

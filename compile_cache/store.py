@@ -5,10 +5,14 @@
     <location>/v1/blobs/ab/<sha256>             one file per distinct content
     <location>/v1/tmp/                          unfinished work; anything here may be deleted when nothing builds
     <location>/v1/locks/<key digest>.lock       one lock file per key, empty, never removed (removal would race)
+    <location>/v1/locks/store                   held by all who publish together, or by one who removes
+    <location>/v1/used/ab/<key digest>          a byte per use; its modification time is the last one
+    <location>/v1/pins/<key digest>             the entry is kept whatever the limits say
     <location>/v1/damaged/                      what was found damaged, for a person to look at
 
 Everything is written under a unique name in ``tmp``, flushed to the disk, and renamed into place: blobs first, the
-record last. All paths are relative to the location, so a copied cache works.
+record last; removed is the record first, its blobs after it. All paths are relative to the location, so a copied cache
+works.
 """
 
 from __future__ import annotations
@@ -19,13 +23,15 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from .errors import CacheWriteError, one_line
-from .files import Identity, hash_file, identity_of, remove, sync_directory, write_synced
-from .records import BadRecord, BlobRef, Record, decode_record, encode_record, is_sha256
+from .files import Identity, again_if_stale, hash_file, identity_of, remove, rename, sync_directory, write_synced
+from .leases import Lease, held_alone, locked, open_leased
+from .records import BadRecord, BlobRef, ForeignRecord, Record, decode_record, encode_record, is_sha256
+from .usage import Usage
 
 TAG: Final = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -42,11 +48,12 @@ class Damage(Exception):
         reason: what is wrong with it, without the path.
         identity: of the file that was looked at; None if it must stay where it is (it is missing, or could not be
             read for a reason that says nothing about its bytes).
+        foreign: it is whole, and of a format that another version writes.
     """
 
-    def __init__(self, path: Path, reason: str, identity: Identity | None = None) -> None:
+    def __init__(self, path: Path, reason: str, identity: Identity | None = None, *, foreign: bool = False) -> None:
         super().__init__(reason)
-        self.path, self.reason, self.identity = path, reason, identity
+        self.path, self.reason, self.identity, self.foreign = path, reason, identity, foreign
 
 
 class BlobStore:
@@ -61,6 +68,7 @@ class BlobStore:
         self.root = location / "v1"
         self.actions, self.blobs = self.root / "actions", self.root / "blobs"
         self.tmp, self.locks, self.damaged = self.root / "tmp", self.root / "locks", self.root / "damaged"
+        self.usage = Usage(self.root)
 
     def record_path(self, digest: str) -> Path:
         """Where the record of a key lies."""
@@ -72,31 +80,39 @@ class BlobStore:
 
     def digests(self) -> Iterator[str]:
         """Yield the digest of every record file, sorted; the records are not read."""
-        for path in sorted(self.actions.glob("??/*.json")):
-            if is_sha256(path.stem) and path.parent.name == path.stem[:2]:
-                yield path.stem
+        for shard in _names(self.actions):
+            for name in _names(self.actions / shard):
+                digest = name.removesuffix(".json")
+                if name.endswith(".json") and is_sha256(digest) and digest[:2] == shard:
+                    yield digest
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def read_record(self, digest: str) -> tuple[Record, Identity] | None:
+    def read_record(self, digest: str) -> tuple[Record, Identity, Lease] | None:
         """Return the checked record of a key, or None if there is none.
 
+        While the lease lives, no process removes the entry.
+
         Raises:
-            Damage: if the file is there and is not the record that was written.
+            Damage: if the file is there and is not a record that this version reads.
         """
         path = self.record_path(digest)
         try:
-            identity = _regular(path)
-            with open(path, "rb") as file:
-                data = file.read()
+            _regular(path)
+            found = again_if_stale(lambda: open_leased(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise Damage(path, f"it cannot be read ({one_line(error.strerror)})") from error
+        if found is None:
+            return None
+        lease, data, status = found
         try:
-            return decode_record(data, digest), identity
+            return decode_record(data, digest), identity_of(status), lease
+        except ForeignRecord as error:  # whole: another version of this package serves it
+            raise Damage(path, str(error), foreign=True) from error
         except BadRecord as error:
-            raise Damage(path, str(error), identity) from error
+            raise Damage(path, str(error), identity_of(status)) from error
 
     def check_blob(self, ref: BlobRef, *, contents: bool = True) -> None:
         """Check that the blob of ``ref`` is there with the right size and, with ``contents``, the right bytes.
@@ -106,11 +122,11 @@ class BlobStore:
         """
         path = self.blob_path(ref.sha256)
         try:
-            identity = _regular(path)
+            identity = again_if_stale(lambda: _regular(path))
             if identity[3] != ref.size:
                 raise Damage(path, f"{identity[3]} bytes in place of {ref.size}", identity)
             if contents:
-                found, identity = hash_file(path)
+                found, identity = again_if_stale(lambda: hash_file(path))
                 if found != ref:
                     raise Damage(path, "other bytes than its SHA-256 says", identity)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -140,7 +156,12 @@ class BlobStore:
         return CacheWriteError(f"expected to write {what} below {self.location}, got {got}; {advice}")
 
     def prepare(self, *, sweep: bool) -> None:
-        """Create the directories and the tag if they are not there; with ``sweep``, clear dead work out of ``tmp``."""
+        """Create the directories and the tag if they are not there; with ``sweep``, clear dead work out of ``tmp``.
+
+        A location that is created is its owner's alone (mode 0700); one that is there keeps its mode.
+        """
+        self.location.parent.mkdir(parents=True, exist_ok=True)
+        self.location.mkdir(mode=0o700, exist_ok=True)
         for directory in (self.actions, self.blobs, self.tmp, self.locks, self.damaged):
             directory.mkdir(parents=True, exist_ok=True)
         tag = self.location / "CACHEDIR.TAG"
@@ -148,26 +169,41 @@ class BlobStore:
             temporary = self.new_temporary("tag")
             try:
                 write_synced(temporary, TAG.encode("ascii"))
-                os.replace(temporary, tag)
+                rename(temporary, tag)
             finally:
                 remove(temporary)
         if sweep:
             self.sweep()
 
     def sweep(self, age: float = JUNK_AGE) -> None:
-        """Remove what lies in ``tmp`` and was not touched for ``age`` seconds."""
+        """Remove what lies in ``tmp``, was not touched for ``age`` seconds, and that nobody works in.
+
+        A clock that jumps makes files look old: a builder holds its directory, whatever the time.
+        """
         limit = time.time() - age
         for path in self.tmp.iterdir():
             with suppress(OSError):  # another process sweeps too, or the file is not ours: the next sweep gets it
                 if max(item.lstat().st_mtime for item in (path, *path.rglob("*"))) < limit:
-                    remove(path)
+                    with held_alone(path) as dead:
+                        if dead:
+                            remove(path)
 
     def new_temporary(self, kind: str) -> Path:
         """Return a path in ``tmp`` that no other thread or process uses."""
         return self.tmp / f"{kind}-{os.getpid()}-{uuid.uuid4().hex}"
 
+    def publishing(self) -> AbstractContextManager[None]:
+        """Held around every publication, with the checks that it relies on: nothing is removed meanwhile."""
+        return locked(self.locks / "store", shared=True)
+
+    def removing(self) -> AbstractContextManager[None]:
+        """Held around every removal: nothing is published meanwhile."""
+        return locked(self.locks / "store", shared=False)
+
     def publish(self, record: Record, built: Mapping[str, Path]) -> None:
         """Store a record and the built files that it names, so that a reader sees all of it or nothing.
+
+        Called under :meth:`publishing`.
 
         The record is written (in ``tmp``) before the first rename: a full disk is met while nothing is in place yet.
 
@@ -187,10 +223,10 @@ class BlobStore:
                 self._clear_way(place)
                 os.chmod(path, mode)  # compilers leave private files; a cache may be read by another user
             for path, place in moves:
-                os.replace(path, place)
+                rename(path, place)
             for directory in {place.parent for _, place in moves}:
                 sync_directory(directory)
-            os.replace(temporary, target)
+            rename(temporary, target)
             sync_directory(target.parent)
         finally:
             remove(temporary)
@@ -212,10 +248,17 @@ class BlobStore:
             if identity is not None and identity_of(os.stat(path)) != identity:
                 return False
             self.damaged.mkdir(parents=True, exist_ok=True)
-            os.replace(path, self.damaged / f"{path.name}.{uuid.uuid4().hex[:12]}")
+            rename(path, self.damaged / f"{path.name}.{uuid.uuid4().hex[:12]}")
         except OSError:
             return False
         return True
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _regular(path: Path) -> Identity:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from .entry import VerifyReport
 from .files import Identity, hash_file, identity_of
-from .records import BlobRef, is_sha256
+from .records import Record, is_sha256
+from .signing import PublicKey, refusal
 from .store import BlobStore, Damage
 
+_SILLY = ".nfs"  # an NFS client keeps a removed file under such a name as long as somebody has it open
 
-def verify(store: BlobStore, *, repair: bool = False) -> VerifyReport:
+
+def verify(store: BlobStore, *, repair: bool = False, trust: frozenset[PublicKey] | None = None) -> VerifyReport:
     """Read every record and every blob, and report what is not what was written.
 
     Other processes may read and build meanwhile: what they add is seen or not, and is never reported as damage.
@@ -19,6 +22,7 @@ def verify(store: BlobStore, *, repair: bool = False) -> VerifyReport:
     Args:
         store: the store to check.
         repair: move damaged files, and the records that need them, into ``v1/damaged``.
+        trust: keys, one of which has to have signed each record; None: signatures are not looked at.
 
     Raises:
         OSError: if a directory of the cache cannot be listed.
@@ -33,22 +37,33 @@ def verify(store: BlobStore, *, repair: bool = False) -> VerifyReport:
         except Damage as found:
             damage.append(found)
     entries, used = 0, set[str]()
+    untrusted: list[tuple[str, str]] = []
+    foreign: list[tuple[str, str]] = []
     for path in _files(store.actions, damage):
         try:
-            refs = _check_record(store, path, sound)
+            record = _check_record(store, path, sound)
         except Damage as found:
-            damage.append(found)
+            if found.foreign:
+                foreign.append((_relative(store, path), found.reason))
+            else:
+                damage.append(found)
             continue
-        if refs is not None:
+        if record is None:
+            continue
+        used.update(ref.sha256 for ref in record.files.values())
+        reason = None if trust is None else refusal(record, trust)
+        if reason is None:
             entries += 1
-            used.update(ref.sha256 for ref in refs)
+        else:
+            untrusted.append((_relative(store, path), reason))
     orphans = tuple(_relative(store, store.blob_path(sha256)) for sha256 in sorted(sound) if sha256 not in used)
     if repair:
         for item in damage:
             if item.identity is not None:
                 store.set_aside(item.path, item.identity)
     report = tuple((_relative(store, item.path), item.reason) for item in damage)
-    return VerifyReport(entries, len(sound), sum(sound.values()), report, orphans, repaired=repair)
+    counts = entries, len(sound), sum(sound.values())
+    return VerifyReport(*counts, report, orphans, repair, tuple(untrusted), tuple(foreign))
 
 
 def _files(directory: Path, damage: list[Damage]) -> Iterator[Path]:
@@ -57,8 +72,8 @@ def _files(directory: Path, damage: list[Damage]) -> Iterator[Path]:
         return
     for shard in sorted(directory.iterdir()):
         if shard.is_dir():
-            yield from sorted(shard.iterdir())
-        else:
+            yield from (path for path in sorted(shard.iterdir()) if not path.name.startswith(_SILLY))
+        elif not shard.name.startswith(_SILLY):
             damage.append(_stray(shard))
 
 
@@ -88,13 +103,13 @@ def _check_blob(path: Path) -> int:
     return found.size
 
 
-def _check_record(store: BlobStore, path: Path, sound: dict[str, int]) -> tuple[BlobRef, ...] | None:
+def _check_record(store: BlobStore, path: Path, sound: dict[str, int]) -> Record | None:
     if path != store.record_path(path.stem) or not is_sha256(path.stem):
         raise _stray(path)
     stored = store.read_record(path.stem)
     if stored is None:  # set aside by another process since the listing
         return None
-    record, identity = stored
+    record, identity, _ = stored
     for name, ref in record.files.items():
         if sound.get(ref.sha256) == ref.size:
             continue
@@ -102,7 +117,7 @@ def _check_record(store: BlobStore, path: Path, sound: dict[str, int]) -> tuple[
             store.check_blob(ref)  # damaged, or stored since the blobs were listed
         except Damage as found:
             raise Damage(path, f"its file {name} is {found.reason}", identity) from found
-    return tuple(record.files.values())
+    return record
 
 
 def _relative(store: BlobStore, path: Path) -> str:

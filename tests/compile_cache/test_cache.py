@@ -89,7 +89,9 @@ def test_round_trip_and_layout(cache):
     blobs = {f"v1/blobs/{h[:2]}/{h}": data for data in FILES.values() for h in [hashlib.sha256(data).hexdigest()]}
     record = f"v1/actions/{KEY.digest[:2]}/{KEY.digest}.json"
     assert {name: data for name, data in stored.items() if "/blobs/" in name} == blobs
-    assert set(stored) - set(blobs) == {"CACHEDIR.TAG", record, f"v1/locks/{KEY.digest}.lock"}
+    used = f"v1/used/{KEY.digest[:2]}/{KEY.digest}"
+    locks = {f"v1/locks/{KEY.digest}.lock", "v1/locks/store"}
+    assert set(stored) - set(blobs) == {"CACHEDIR.TAG", record, used, *locks}
     assert stored["CACHEDIR.TAG"].startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
     body = json.loads(stored[record])
     rest = {name: value for name, value in body.items() if name != "checksum"}
@@ -307,7 +309,7 @@ def forge(path: Path, change) -> None:
     [
         lambda body: body["factors"].update(n=2),
         lambda body: body.update(key="0" * 64),
-        lambda body: body.update(format=2),
+        lambda body: body.update(format=0),
         lambda body: body.update(format=True),
         lambda body: body.update(files={}),
         lambda body: body["files"].update({"../../outside": body["files"]["code.so"]}),
@@ -320,6 +322,18 @@ def forge(path: Path, change) -> None:
 def test_forged_records(full, change):
     forge(record_of(full.location), change)
     assert_detected_and_rebuilt(full.location, record_of(full.location))
+
+
+def test_a_record_of_a_later_version_is_no_damage(full):
+    path = record_of(full.location)
+    forge(path, lambda body: body.update(format=2, more="of it"))
+    stored = snapshot(full.location)
+    with pytest.warns(DamagedEntryWarning, match="record format 2, this version reads format 1"):
+        assert full.get(KEY) is None
+    assert snapshot(full.location) == stored and full.stats.misses_by_reason == {"foreign": 1}
+    report = full.verify(repair=True)
+    assert report.ok and len(report.foreign) == 1 and snapshot(full.location) == stored
+    assert full.prune().orphans == 0 and snapshot(full.location) == stored  # what it needs cannot be told
 
 
 def test_a_changed_value_is_told_by_the_checksum(full):
