@@ -187,9 +187,9 @@ class CompileCache(CacheReader):
             return entry
         self.require_writable()
         with self._lock(key):
-            entry = self.get(key)
-            if entry is not None:  # another thread or process built it while this one waited
-                return entry
+            found = self._look(key.digest)
+            if isinstance(found, Entry):  # another thread or process built it while this one waited
+                return self._hit(found, "hits")
             directory = self._store.new_temporary("build")
             try:
                 with self._store.writing("a build directory"):
