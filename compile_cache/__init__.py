@@ -50,11 +50,13 @@ from .limits import Limits, PruneReport, Removal
 from .records import BlobRef
 from .remote import Remote
 from .signing import PublicKey, SigningKey, public_keys
+from .sizes import SDXL_TRAINING_SIZES, ShapeBuckets, SizeBucket
 from .stats import CacheStats
 
 __all__ = [
     "ABSENT",
     "JSON",
+    "SDXL_TRAINING_SIZES",
     "BlobRef",
     "BuildFailed",
     "BundleError",
@@ -80,7 +82,9 @@ __all__ = [
     "RemoteWarning",
     "Removal",
     "ShapeBucket",
+    "ShapeBuckets",
     "SigningKey",
+    "SizeBucket",
     "TrustError",
     "UnstableFactor",
     "UntrustedEntryWarning",

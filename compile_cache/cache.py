@@ -257,7 +257,7 @@ class CompileCache(CacheReader):
     def prune(
         self,
         *,
-        environment: Mapping[str, JSON] | None = None,
+        environment: Mapping[str, JSON] | Sequence[Mapping[str, JSON]] | None = None,
         superseded: Sequence[str] = (),
         max_bytes: int | None = None,
         max_age: float | None = None,
@@ -266,8 +266,8 @@ class CompileCache(CacheReader):
         """Remove what is of no use any more, then what is over the limits. Entries in use or pinned stay.
 
         Args:
-            environment: as :func:`environment_factors` gives it: entries that were made for another one of the same
-                device kind go (their factor ``environment`` tells).
+            environment: as :func:`environment_factors` gives it, or several (one per device kind): entries that were
+                made for another one of the same device kind go (their factor ``environment`` tells).
             superseded: dotted names of factors, such as "versions": of entries that differ only in these, the one
                 that was stored last stays.
             max_bytes, max_age: limits for this time; None: those of the cache.

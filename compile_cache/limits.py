@@ -138,7 +138,7 @@ class Survey:
                 continue
             if item is not None:
                 use = self.store.usage.of(digest)
-                item.last_used = max(use.last or 0.0, item.identity[2] / 1e9)
+                item.last_used = item.identity[2] / 1e9 if use.last is None else use.last
                 item.pinned = self.store.usage.is_pinned(digest)
                 self.items[digest] = item
         self._mark_superseded()
@@ -268,21 +268,22 @@ def empty(store: BlobStore) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def foreign_to(environment: Mapping[str, JSON]) -> Judge:
+def foreign_to(environment: Mapping[str, JSON] | Sequence[Mapping[str, JSON]]) -> Judge:
     """A judge of entries that were made for another environment of the same device kind.
 
     An entry for another device kind, or without the factor ``environment``, stays: nothing can be said of it here.
 
     Args:
-        environment: as :func:`compile_cache.environment_factors` gives it.
+        environment: as :func:`compile_cache.environment_factors` gives it, or several.
     """
-    here = CacheKey(dict(environment))
+    several = [environment] if isinstance(environment, Mapping) else list(environment)
+    here = {str(facts.get("device")): CacheKey(dict(facts)) for facts in several}
 
     def judge(record: Record) -> str | None:
         there = record.factors.get(ENVIRONMENT)
-        if not isinstance(there, dict) or there.get("device") != environment.get("device"):
+        if not isinstance(there, dict) or (known := here.get(str(there.get("device")))) is None:
             return None
-        differences = here.diff(there)
+        differences = known.diff(there)
         return f"foreign environment: {differences[0]}" if differences else None
 
     return judge

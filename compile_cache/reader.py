@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Final
 
 from .entry import Entry, Nearest
-from .errors import DamagedEntry, DamagedEntryWarning, UntrustedEntryWarning, one_line
+from .errors import DamagedEntry, DamagedEntryWarning, TrustError, UntrustedEntryWarning, one_line
 from .files import Identity
 from .keys import CacheKey
 from .location import checked_location
@@ -83,8 +83,11 @@ class CacheReader:
 
         Raises:
             DamagedEntry: if it is damaged; it stays where it is.
+            TrustError: if no trusted key signed it.
         """
         found = self._look(digest) if is_sha256(digest) else None
+        if isinstance(found, Fault) and found.kind == "untrusted":
+            raise TrustError(f"expected entry {digest[:12]} signed by a trusted key, got: {found.reason}; sign it")
         if isinstance(found, Fault):
             raise DamagedEntry(f"expected entry {digest[:12]} as stored, got {found.reason}; run verify with repair")
         return found

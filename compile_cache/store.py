@@ -226,6 +226,7 @@ class BlobStore:
                 rename(path, place)
             for directory in {place.parent for _, place in moves}:
                 sync_directory(directory)
+            self.usage.freshen(record.digest)
             rename(temporary, target)
             sync_directory(target.parent)
         finally:

@@ -46,6 +46,11 @@ class Usage:
             finally:
                 os.close(descriptor)
 
+    def freshen(self, digest: str) -> None:
+        """The entry was stored anew: its age starts again."""
+        with suppress(OSError):
+            os.utime(self._path(digest))
+
     def of(self, digest: str) -> Use:
         """The use of an entry so far."""
         try:
