@@ -22,7 +22,9 @@ from rich.table import Table
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_pixels, check_steps
 from accel_hidiff.errors import AccelHiDiffError, BadInput, CompileFailed, PatchConflict
 from accel_hidiff.schedule import running_steps
-from compile_cache import CompileCache, CompileCacheError
+from compile_cache import CompileCache, CompileCacheError, SigningKey
+from compile_cache import Remote as SecondTier
+from compile_cache.commands import open_cache
 from compile_cache.console import run_app
 
 app = typer.Typer(add_completion=False, help="Compiled HiDiffusion for diffusers pipelines.")
@@ -49,6 +51,16 @@ CFGPP = Annotated[
 ]
 ControlNets = Annotated[
     list[str], typer.Option("--controlnet", help="A ControlNet's folder or hub id; repeat for more.")
+]
+Remote = Annotated[
+    str | None,
+    typer.Option(
+        "--remote", help="URL of a second cache, such as s3://bucket/cache: what is missing comes from there."
+    ),
+]
+Trust = Annotated[
+    list[str],
+    typer.Option("--trust", help="Load only what this public key signed: ed25519:... or a file of keys. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -93,6 +105,12 @@ def precompile(
     task: Task = None,
     controlnet: ControlNets = [],  # noqa: B006
     cfgpp: CFGPP = None,
+    remote: Remote = None,
+    push: Annotated[bool, typer.Option("--push", help="Send what is stored here to the remote as well.")] = False,
+    trust: Trust = [],  # noqa: B006
+    sign_with: Annotated[
+        Path | None, typer.Option(help="Sign what is stored with this private key (compile-cache keygen).")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -102,7 +120,9 @@ def precompile(
 
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
-    options = {"cache": CompileCache(cache), "regions": regions, "shapes": shapes, "family": family, "task": task}
+    signer = None if sign_with is None else SigningKey.load(sign_with)
+    store = _open_cache(cache, remote, trust, push=push, sign_with=signer)
+    options = {"cache": store, "regions": regions, "shapes": shapes, "family": family, "task": task}
     guidance = _cfgpp(cfgpp)
     handle = _accelerate(load_pipeline(model, dtype, device, controlnet), guidance=guidance, **options)
     console = Console(stderr=True)
@@ -144,6 +164,8 @@ def generate(
     shapes: Shapes = "symbolic",
     family: Family = None,
     cfgpp: CFGPP = None,
+    remote: Remote = None,
+    trust: Trust = [],  # noqa: B006
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -156,7 +178,7 @@ def generate(
     sizes = [parse_size(text) for text in size]
     check_steps(steps)
     guidance = _cfgpp(cfgpp)
-    store = CompileCache(cache)
+    store = _open_cache(cache, remote, trust)
     out.mkdir(parents=True, exist_ok=True)
     options = {"cache": store, "backend": backend, "on_miss": on_miss, "regions": regions, "shapes": shapes}
     handle = _accelerate(load_pipeline(model, dtype, device), family=family, guidance=guidance, **options)
@@ -198,6 +220,8 @@ def explain(
     plot: Annotated[
         Path | None, typer.Option(help="A PNG of the phases, and of the size that each block runs at.")
     ] = None,
+    remote: Remote = None,
+    trust: Trust = [],  # noqa: B006
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -207,7 +231,8 @@ def explain(
 
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
-    options = {"cache": CompileCache(cache), "backend": backend, "regions": regions, "shapes": shapes}
+    store = _open_cache(cache, remote, trust)
+    options = {"cache": store, "backend": backend, "regions": regions, "shapes": shapes}
     pipe, target = load_skeleton(model, dtype, device, controlnet)
     handle = _accelerate(pipe, family=family, task=task, guidance=_cfgpp(cfgpp), **options)
     handle.meant_for = target
@@ -265,6 +290,15 @@ def _accelerate(pipe: Any, **options: Any) -> Any:
     from accel_hidiff.pipeline import accelerate
 
     return accelerate(pipe, hidiffusion=HiDiffusionConfig(), **options)
+
+
+def _open_cache(
+    location: Path, url: str | None, trust: list[str], *, push: bool = False, sign_with: SigningKey | None = None
+) -> CompileCache:
+    if push and url is None:
+        raise BadInput("--push: expected --remote URL with it, got none; say where to send what is stored")
+    remote = None if url is None else SecondTier(url, push=push)
+    return open_cache(location, new=True, trust=trust, remote=remote, sign_with=sign_with)
 
 
 def _cfgpp(scale: float | None) -> CFGPlusPlusConfig | None:

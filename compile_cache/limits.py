@@ -17,8 +17,8 @@ from typing import Final
 from .files import Identity, identity_of
 from .keys import JSON, CacheKey
 from .leases import held_alone
-from .records import BlobRef, Record, is_sha256
-from .store import BlobStore, Damage
+from .records import BlobRef, ForeignRecord, Record, is_sha256
+from .store import BlobStore
 from .usage import age
 
 ENVIRONMENT: Final = "environment"
@@ -129,12 +129,11 @@ class Survey:
                 identity = identity_of(path.stat())
                 item = before.get(digest)
                 if item is None or item.identity != identity:
-                    item = self._read(digest)
-            except Damage as found:
-                if found.identity is None:
-                    self.unknown.append(path)
+                    item = self._read(path, identity)
+            except FileNotFoundError:
                 continue
-            except OSError:
+            except (ForeignRecord, OSError):
+                self.unknown.append(path)
                 continue
             if item is not None:
                 use = self.store.usage.of(digest)
@@ -143,15 +142,13 @@ class Survey:
                 self.items[digest] = item
         self._mark_superseded()
 
-    def _read(self, digest: str) -> _Item | None:
-        stored = self.store.read_record(digest)
-        if stored is None:
+    def _read(self, path: Path, identity: Identity) -> _Item | None:
+        record = self.store.skim_record(path)
+        if record is None:  # gone, or so damaged that it names nothing
             return None
-        record, identity, _ = stored
         refs = tuple({ref.sha256: ref for ref in record.files.values()}.values())
-        rest = _without(record.factors, self.superseded)
-        group = CacheKey(rest).digest if self.superseded else ""
-        return _Item(digest, refs, identity[3], identity, group, record.created, self.judge(record))
+        group = CacheKey(_without(record.factors, self.superseded)).digest if self.superseded else ""
+        return _Item(record.digest, refs, identity[3], identity, group, record.created, self.judge(record))
 
     def _mark_superseded(self) -> None:
         if not self.superseded:

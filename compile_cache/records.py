@@ -168,6 +168,23 @@ def decode_record(data: bytes, digest: str) -> Record:
     return record
 
 
+def skim_record(data: bytes, digest: str) -> Record:
+    """Return what ``data`` says, unchecked: a fifth of the time, for decisions that serve nothing.
+
+    Raises:
+        ForeignRecord: if it is of a later format.
+        BadRecord: if it cannot be read as a record at all.
+    """
+    try:
+        body = json.loads(data)
+        if body["format"] != RECORD_FORMAT:
+            raise ForeignRecord(f"record format {one_line(body['format'], 40)}")
+        files = {name: BlobRef(str(ref["sha256"]), int(ref["size"])) for name, ref in body["files"].items()}
+        return Record(digest, dict(body["factors"]), files, dict(body["notes"]), str(body["created"]))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BadRecord(f"not a JSON record ({one_line(error, 80)})") from error
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 

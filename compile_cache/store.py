@@ -30,7 +30,7 @@ from typing import Final
 from .errors import CacheWriteError, one_line
 from .files import Identity, again_if_stale, hash_file, identity_of, remove, rename, sync_directory, write_synced
 from .leases import Lease, held_alone, locked, open_leased
-from .records import BadRecord, BlobRef, ForeignRecord, Record, decode_record, encode_record, is_sha256
+from .records import BadRecord, BlobRef, ForeignRecord, Record, decode_record, encode_record, is_sha256, skim_record
 from .usage import Usage
 
 TAG: Final = (
@@ -113,6 +113,22 @@ class BlobStore:
             raise Damage(path, str(error), foreign=True) from error
         except BadRecord as error:
             raise Damage(path, str(error), identity_of(status)) from error
+
+    def skim_record(self, path: Path) -> Record | None:
+        """Return what a record file says, unchecked; None if it is not there, or says nothing.
+
+        Raises:
+            ForeignRecord: if it is of a later format.
+            OSError: if it cannot be read.
+        """
+        try:
+            return skim_record(path.read_bytes(), path.stem)
+        except FileNotFoundError:
+            return None
+        except ForeignRecord:
+            raise
+        except BadRecord:
+            return None
 
     def check_blob(self, ref: BlobRef, *, contents: bool = True) -> None:
         """Check that the blob of ``ref`` is there with the right size and, with ``contents``, the right bytes.

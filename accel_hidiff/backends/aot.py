@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping
@@ -90,7 +88,7 @@ class AOTBackend:
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         assert entry is not None, "a persistent backend binds a cache entry"
         advice = f"delete artifact {entry.digest[:12]} from the cache and compile again"
-        package = _load(graph, _unpacked(entry), advice)
+        package = _load(graph, entry.path / _PACKAGE, advice)
         module = graph.region.graph_module(graph.traits)
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         names = package.get_constant_fqns()
@@ -251,29 +249,3 @@ def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
         for category in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)
         return function(*args, **kwargs)
-
-
-class _Unpacked:
-    """Verified packages of this process: written once to a private temporary directory, loaded once per region."""
-
-    def __init__(self) -> None:
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
-        self._owner = 0
-
-    def path(self, sha256: str, data: bytes) -> Path:
-        if self._directory is None or self._owner != os.getpid():
-            self._directory, self._owner = tempfile.TemporaryDirectory(prefix="accel-hidiff-"), os.getpid()
-        path = Path(self._directory.name) / f"{sha256}.pt2"
-        if not path.exists():
-            partial = path.with_suffix(f".{id(data)}.part")
-            partial.write_bytes(data)
-            partial.replace(path)
-        return path
-
-
-_UNPACKED = _Unpacked()
-
-
-def _unpacked(entry: Entry) -> Path:
-    """The package as a file that holds exactly the bytes whose checksum was verified."""
-    return _UNPACKED.path(entry.files[_PACKAGE].sha256, entry.read(_PACKAGE))

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import accel_hidiff as ah
-from accel_hidiff.backends import aot
-from compile_cache import CompileCache
+from compile_cache import CompileCache, unpacked
 from tests.compiled.conftest import STEPS, accelerate_strict, relative_difference, request
 
 
@@ -88,7 +87,7 @@ def test_an_artifact_changed_between_check_and_load_is_refused(
     """The bytes that are loaded are the bytes whose checksum was verified."""
     handle = accelerate_strict(make_pipe(), own_cache)
     handle.explain(128, 192, STEPS)  # entries are verified and remembered here
-    monkeypatch.setattr(aot, "_UNPACKED", aot._Unpacked())
+    monkeypatch.setattr(unpacked, "_directory", None)  # nothing is unpacked yet
     for path in files_of(own_cache, "blobs"):
         flip(path, 1000)
     with pytest.raises(Exception, match=r"expected .* stored bytes"):
