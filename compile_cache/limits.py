@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from .errors import UnstableFactor
 from .files import Identity, identity_of
 from .keys import JSON, CacheKey
 from .leases import held_alone
@@ -147,8 +148,12 @@ class Survey:
         if record is None:  # gone, or so damaged that it names nothing
             return None
         refs = tuple({ref.sha256: ref for ref in record.files.values()}.values())
-        group = CacheKey(_without(record.factors, self.superseded)).digest if self.superseded else ""
-        return _Item(record.digest, refs, identity[3], identity, group, record.created, self.judge(record))
+        try:
+            group = CacheKey(_without(record.factors, self.superseded)).digest if self.superseded else ""
+            reason = self.judge(record)
+        except UnstableFactor:  # no factors of a key: damage
+            return None
+        return _Item(record.digest, refs, identity[3], identity, group, record.created, reason)
 
     def _mark_superseded(self) -> None:
         if not self.superseded:

@@ -65,6 +65,14 @@ def test_cpu_facts_touch_no_cuda_and_are_stable():
     assert CacheKey(facts)
 
 
+@pytest.mark.slow
+def test_the_tests_of_the_package_pass_without_torch():
+    run = "import sys; sys.modules['torch'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    tests = ["tests/compile_cache", "compile_cache", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    done = subprocess.run([sys.executable, "-c", run, *tests], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 @pytest.fixture
 def fake_torch(monkeypatch):
     devices = [("NVIDIA A", 8, 0, 108), ("NVIDIA B", 9, 0, 132), ("NVIDIA B", 9, 0, 132)]
