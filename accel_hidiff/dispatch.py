@@ -127,6 +127,15 @@ class Dispatcher:
             raise GraphMiss(f"no compiled graph serves this call: {reason}")
         return Graph(reason=reason, missing=missing)
 
+    def fall_back(self, reason: str, *, whole_call: bool = False) -> None:
+        """A call, or a part of one, that has its graph and cannot use it runs eager; GraphMiss under "error"."""
+        self.refuse(reason)
+        stats = self.binder.stats
+        stats.rejected[reason] += 1
+        if whole_call:
+            stats.hits -= 1
+            stats.eager_calls += 1
+
     def _resolve(self, facts: CallFacts, graphs: Callable[[], Graphs]) -> Graph:
         decision = judge_call(facts)
         if isinstance(decision, Reject):

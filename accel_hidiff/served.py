@@ -7,7 +7,7 @@ needs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from accel_hidiff.call import UNetCall
 from accel_hidiff.control import DOWN
 from accel_hidiff.dispatch import Dispatcher, Graphs
+from accel_hidiff.facts import call_facts, call_name
 from accel_hidiff.families import Layout, Size, feature_sizes
 from accel_hidiff.forwards import Forward
-from accel_hidiff.guard import CallFacts
 from accel_hidiff.patching import Patch
 from accel_hidiff.regions import (
     ControlNetRegion,
@@ -75,10 +75,10 @@ class ServedUNet:
         patch = self.patch
         self.dispatcher.begin(patch.request_number)
         extras = _given(kwargs)
-        name = (UNET, call.topology, extras, *_name(sample, text))
+        name = (UNET, call.topology, extras, *call_name(sample, text))
         graph = self.dispatcher.graph(
             name,
-            lambda: _facts(call.topology, sample, text, extras, patch.unet, self.whole),
+            lambda: call_facts(call.topology, sample, text, extras=extras, model=patch.unet, whole=self.whole),
             lambda: self.graphs(
                 call.topology,
                 *_sizes(sample, text),
@@ -146,8 +146,10 @@ class ServedControlNet:
             self.dispatcher.begin(patch.request_number)
             extras = _given(kwargs)
             graph = self.dispatcher.graph(
-                (self.name, extras, *_name(sample, encoder_hidden_states)),
-                lambda: _facts(PLAIN, sample, encoder_hidden_states, extras, self.net, self.whole),
+                (self.name, extras, *call_name(sample, encoder_hidden_states)),
+                lambda: call_facts(
+                    PLAIN, sample, encoder_hidden_states, extras=extras, model=self.net, whole=self.whole
+                ),
                 lambda: self.graphs(*_sizes(sample, encoder_hidden_states), dtype=sample.dtype, device=sample.device),
             )
             inputs = sample, timestep, encoder_hidden_states
@@ -196,12 +198,12 @@ class ServedDecoder:
 
         def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.dispatcher.refresh(DECODER)
-            name = (DECODER, *_name(sample, None))
+            name = (DECODER, *call_name(sample))
             self.dispatcher.forget_missing(name)
             batch, _, height, width = sample.shape
             graph = self.dispatcher.graph(
                 name,
-                lambda: _facts(PLAIN, sample, None, (), region.module, False),
+                lambda: call_facts(PLAIN, sample, model=region.module),
                 lambda: self.graphs(height, width, batch, dtype=sample.dtype, device=sample.device),
             )
             compiled = graph.calls.get(DECODER)
@@ -266,8 +268,7 @@ def _region_forward(dispatcher: Dispatcher, region: Region, patch: Patch) -> For
             # Something changed feature sizes inside of the model: the region runs eager, or the call is refused.
             planned, got = tuple(compiled.shape), tuple(args[0].shape)
             reason = f"{path}: the plan gives it inputs of shape {planned}, it got {got}"
-            dispatcher.refuse(reason)
-            dispatcher.binder.stats.rejected[reason] += 1
+            dispatcher.fall_back(reason)
             return inner(*args, **kwargs)
         return region.forward_with(compiled, call, *args, **kwargs)
 
@@ -291,40 +292,6 @@ def _given(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _name(sample: Tensor, text: Any) -> tuple[Hashable, ...]:
-    return (
-        sample.shape,
-        sample.dtype,
-        sample.device,
-        text.shape if isinstance(text, Tensor) else None,
-        getattr(text, "dtype", None),
-        torch.is_grad_enabled(),
-        torch.is_autocast_enabled(sample.device.type),
-    )
-
-
 def _sizes(sample: Tensor, text: Tensor) -> tuple[int, int, int, int]:
     batch, _, height, width = sample.shape
     return height, width, batch, text.shape[1]
-
-
-def _facts(
-    topology: Topology, sample: Tensor, text: Any, extras: tuple[str, ...], model: nn.Module, whole: bool
-) -> CallFacts:
-    batch, _, height, width = sample.shape
-    fits = isinstance(text, Tensor) and text.ndim == 3 and text.shape[0] == batch and text.dtype == sample.dtype
-    return CallFacts(
-        topology=topology,
-        height=height,
-        width=width,
-        batch=batch,
-        tokens=text.shape[1] if fits else 0,
-        dtype=str(sample.dtype),
-        device=str(sample.device),
-        extras=extras,
-        whole=whole,
-        grad=torch.is_grad_enabled(),
-        autocast=torch.is_autocast_enabled(sample.device.type),
-        tensor_text=text is None or fits,
-        weights=str(next(model.parameters()).device),
-    )

@@ -13,7 +13,7 @@ from accel_hidiff.cfgpp.guidance import Predictions, Step, eager_step
 from accel_hidiff.clock import index_in
 from accel_hidiff.dispatch import Dispatcher, Graphs
 from accel_hidiff.errors import BadInput
-from accel_hidiff.guard import CallFacts
+from accel_hidiff.facts import call_facts, call_name
 from accel_hidiff.regions.step import STEP, StepRegion
 from accel_hidiff.topology import PLAIN
 
@@ -38,14 +38,17 @@ class CompiledStep:
         """One step; the scheduler is afterwards where its own `step` would have left it."""
         batch, _, height, width = sample.shape
         graph = self.dispatcher.graph(
-            (STEP, sample.shape, sample.dtype, sample.device, *_modes(sample)),
-            lambda: _facts(sample),
+            (STEP, *call_name(sample)),
+            lambda: call_facts(PLAIN, sample),
             lambda: self.graphs(height, width, batch, dtype=sample.dtype, device=sample.device),
         )
         compiled = graph.calls.get(STEP)
-        rows = self._rows(scheduler, sample, options) if compiled is not None else None
-        index = index_in(timestep, scheduler.timesteps)
-        if compiled is None or rows is None or index is None:
+        if compiled is None:
+            return eager_step(scheduler, inner, said, timestep, sample, options)
+        rows, index = self._rows(scheduler, sample, options), index_in(timestep, scheduler.timesteps)
+        if rows is None or index is None:
+            reason = self._state.reason or f"{STEP}: {timestep} is no timestep of this request"
+            self.dispatcher.fall_back(reason, whole_call=True)
             return eager_step(scheduler, inner, said, timestep, sample, options)
         state, wide = self._state, rows.dtype
         noise = scheduler.draw_noise(sample.to(wide), options)
@@ -67,10 +70,11 @@ class CompiledStep:
         eta = float(options.get("eta", 0.0))
         state, request = self._state, (id(scheduler), eta, sample.device, sample.dtype)
         if state.timesteps is not scheduler.timesteps or state.request != request:
+            state.rows, state.reason = None, None
             try:
                 rows = scheduler.coefficients_for(eta)
             except BadInput as problem:
-                self.dispatcher.refuse(str(problem))
+                state.reason = f"{STEP}: {problem}"
                 return None
             wide = torch.promote_types(sample.dtype, torch.float32)
             state.timesteps, state.request, state.history = scheduler.timesteps, request, None
@@ -84,16 +88,5 @@ class _State(threading.local):
     timesteps: Tensor | None = None
     request: Any = None
     rows: Tensor | None = None
+    reason: str | None = None  # why there are none
     history: Tensor | None = None
-
-
-def _modes(sample: Tensor) -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled(sample.device.type)
-
-
-def _facts(sample: Tensor) -> CallFacts:
-    batch, _, height, width = sample.shape
-    grad, autocast = _modes(sample)
-    return CallFacts(
-        PLAIN, height, width, batch, 0, str(sample.dtype), str(sample.device), grad=grad, autocast=autocast
-    )

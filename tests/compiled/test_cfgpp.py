@@ -162,3 +162,16 @@ def test_a_clipping_scheduler_is_refused_with_what_to_do(strict: Any) -> None:
     strict.pipe.scheduler = diffusers.DDIMScheduler.from_config(strict.pipe.scheduler.config)
     with pytest.raises(ah.GraphMiss, match=r"clip_sample=False, got True.*pass clip_sample=False to from_config"):
         run(strict.pipe)
+
+
+def test_a_clipping_step_runs_eager_and_is_counted_so(cfgpp_cache: Any) -> None:
+    cache = CompileCache(cfgpp_cache[0], read_only=True)
+    pipe, eager = models.build("sdxl", "text2img"), eager_twin(models.build("sdxl", "text2img"))
+    handle = ah.accelerate(pipe, hidiffusion=CONFIG, guidance=ah.CFGPlusPlusConfig(), cache=cache, on_miss="eager")
+    for one in (pipe, eager):
+        one.scheduler = diffusers.DDIMScheduler.from_config(one.scheduler.config)
+    with handle.stats.expect(hits=STEPS, eager_calls=STEPS):  # the UNet's calls; those of the step
+        got = run(pipe)
+    assert_agree(got, run(eager))
+    ((reason, count),) = handle.stats.rejected.items()
+    assert count == STEPS and reason.startswith("cfgpp.step: coefficients: expected clip_sample=False")

@@ -1,0 +1,63 @@
+"""What one call says of itself: its name in the dispatcher's table, and the facts that the guard judges."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel_hidiff.guard import CallFacts
+from accel_hidiff.topology import Topology
+
+
+def call_name(sample: Tensor, text: Any = None) -> tuple[Hashable, ...]:
+    """What, beside the model and the topology, decides which graph serves a call. Cheap: built at every call."""
+    return (
+        sample.shape,
+        sample.dtype,
+        sample.device,
+        text.shape if isinstance(text, Tensor) else None,
+        getattr(text, "dtype", None),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(sample.device.type),
+    )
+
+
+def call_facts(
+    topology: Topology,
+    sample: Tensor,
+    text: Any = None,
+    *,
+    extras: tuple[str, ...] = (),
+    model: nn.Module | None = None,
+    whole: bool = False,
+) -> CallFacts:
+    """The facts of a call.
+
+    Args:
+        topology: of the graph that it needs.
+        sample: (B, C, h, w).
+        text: (B, L, D), or what came in its place.
+        extras: names of optional arguments that were given.
+        model: whose weights serve it; None: it has none.
+        whole: one graph for the whole model.
+    """
+    batch, _, height, width = sample.shape
+    fits = isinstance(text, Tensor) and text.ndim == 3 and text.shape[0] == batch and text.dtype == sample.dtype
+    return CallFacts(
+        topology=topology,
+        height=height,
+        width=width,
+        batch=batch,
+        tokens=text.shape[1] if fits else 0,
+        dtype=str(sample.dtype),
+        device=str(sample.device),
+        extras=extras,
+        whole=whole,
+        grad=torch.is_grad_enabled(),
+        autocast=torch.is_autocast_enabled(sample.device.type),
+        tensor_text=text is None or fits,
+        weights=str(sample.device if model is None else next(model.parameters()).device),
+    )
