@@ -22,7 +22,7 @@ from rich.table import Table
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_pixels, check_steps
 from accel_hidiff.errors import AccelHiDiffError, BadInput, CompileFailed, PatchConflict
 from accel_hidiff.schedule import running_steps
-from compile_cache import CompileCache, CompileCacheError, SigningKey
+from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey
 from compile_cache import Remote as SecondTier
 from compile_cache.commands import open_cache
 from compile_cache.console import run_app
@@ -109,7 +109,8 @@ def precompile(
     push: Annotated[bool, typer.Option("--push", help="Send what is stored here to the remote as well.")] = False,
     trust: Trust = [],  # noqa: B006
     sign_with: Annotated[
-        Path | None, typer.Option(help="Sign what is stored with this private key (compile-cache keygen).")
+        Path | None,
+        typer.Option(help="Private key (compile-cache keygen) that signs; what it did not sign is compiled anew."),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -298,6 +299,8 @@ def _open_cache(
     if push and url is None:
         raise BadInput("--push: expected --remote URL with it, got none; say where to send what is stored")
     remote = None if url is None else SecondTier(url, push=push)
+    if sign_with is not None and not trust:
+        trust = [str(sign_with.public)]  # a signature under what somebody else put there would be worth nothing
     return open_cache(location, new=True, trust=trust, remote=remote, sign_with=sign_with)
 
 
@@ -315,7 +318,9 @@ def _print(value: Any) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     bad_input = (AccelHiDiffError, CompileCacheError)
-    return run_app(app, "accel-hidiff", arguments, bad_input=bad_input, failed=(CompileFailed, PatchConflict))
+    return run_app(
+        app, "accel-hidiff", arguments, bad_input=bad_input, failed=(CompileFailed, PatchConflict, RemoteError)
+    )
 
 
 def main() -> None:

@@ -104,6 +104,7 @@ class Handle:
             BadInput: a size, a step count or a batch that cannot be.
             CompileFailed: a region cannot be compiled; what was compiled before stays in the cache.
             compile_cache.CacheWriteError: the cache cannot be written.
+            compile_cache.RemoteError: the cache sends what it stores to a remote that does not take it.
         """
         start = time.perf_counter()
         checked = self._check(sizes, batch_sizes)
@@ -129,8 +130,10 @@ class Handle:
                     state = "compiled" if made else "shared"
                     seconds = time.perf_counter() - began
                     progress(PrecompileEvent(number, len(distinct), graph.region.path, state, seconds))
-            entries = [binder.entry(binder.key(graph)) for graph in distinct.values()]
-        blobs = {ref.sha256: ref.size for entry in entries if entry is not None for ref in entry.files.values()}
+            entries = [entry for graph in distinct.values() if (entry := binder.entry(binder.key(graph))) is not None]
+        if binder.cache is not None and binder.cache.remote is not None and binder.cache.remote.push:
+            binder.cache.push(entry.digest for entry in entries)  # those that were here before, too
+        blobs = {ref.sha256: ref.size for entry in entries for ref in entry.files.values()}
         return PrecompileReport(
             graphs=len(calls),
             regions=sum(len(graphs) for graphs in calls),
