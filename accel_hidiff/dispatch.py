@@ -9,13 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from accel_hidiff.binder import Binder, BoundCall, Missing
 from accel_hidiff.errors import GraphMiss
-from accel_hidiff.fingerprint import weights_token
+from accel_hidiff.fingerprint import ModuleState
 from accel_hidiff.guard import CallFacts, Reject, judge_call
 from accel_hidiff.regions import Region, RegionGraph, Sizes
 from compile_cache import UnstableFactor
@@ -49,7 +48,7 @@ class Dispatcher:
         self._hint = hint
         self._models: dict[str, tuple[nn.Module, list[Region]]] = {}
         self._graphs: dict[Hashable, Graph] = {}
-        self._weights: dict[str, Any] = {}
+        self._states: dict[str, ModuleState] = {}
         self._checked = _Checked()
         self._lock = threading.RLock()
 
@@ -85,7 +84,7 @@ class Dispatcher:
     # Once per request
 
     def refresh(self, *names: str) -> None:
-        """Looks whether weights were moved or replaced since the last time; what was bound to them is forgotten.
+        """Looks whether anything of the models was replaced since the last time; what was bound is forgotten then.
 
         Args:
             names: models to look at; none: all.
@@ -100,12 +99,12 @@ class Dispatcher:
             self._graphs.pop(name, None)
 
     def _changed(self, name: str) -> bool:
-        token = weights_token(self._models[name][0])
-        previous, self._weights[name] = self._weights.get(name), token
-        return previous is not None and previous != token
+        state = ModuleState(self._models[name][0])
+        previous, self._states[name] = self._states.get(name), state
+        return previous is not None and previous != state
 
     def _forget(self) -> None:
-        """Weights were replaced, moved or added: whatever was bound holds old tensors."""
+        """Something of a model was replaced: whatever was bound or keyed may be another thing now."""
         with self._lock:
             for _, regions in self._models.values():
                 for region in regions:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from accel_hidiff import apply_hidiffusion
-from accel_hidiff.fingerprint import fingerprint, structure, weights_token
+from accel_hidiff.fingerprint import ModuleState, fingerprint, structure
 from compile_cache import UnstableFactor
 
 
@@ -212,16 +214,67 @@ def test_the_structure_names_every_submodule_and_tensor() -> None:
     assert facts["tensors"]["linear.weight"] == [[4, 4], "torch.float32", [4, 1], True]
 
 
-def test_the_weights_token_changes_when_a_tensor_is_replaced_but_not_when_it_is_edited() -> None:
+def replaced_weight(block: Block) -> None:
+    block.linear.weight = nn.Parameter(block.linear.weight.detach().clone())
+
+
+def moved_weight(block: Block) -> None:
+    block.linear.weight.data = block.linear.weight.detach().clone()
+
+
+def set_in_a_mapping(block: Block) -> None:
+    block.scaling["default"] = block.scaling["default"] + 0.5
+
+
+def set_on_a_processor(block: Block) -> None:
+    block.processor.scale = 0.5
+
+
+CHANGES: dict[str, Callable[[Block], Any]] = {
+    "a parameter": replaced_weight,
+    "its memory": moved_weight,
+    "a buffer": lambda block: block.register_buffer("more", torch.zeros(1)),
+    "an attribute": lambda block: setattr(block, "eps", block.eps * 2),
+    "a value in a mapping": set_in_a_mapping,
+    "a value in a list": lambda block: block.active.__setitem__(0, "other"),
+    "a processor": lambda block: setattr(block, "processor", types.SimpleNamespace(scale=1.0)),
+    "an attribute of a processor": set_on_a_processor,
+    "a submodule": lambda block: setattr(block, "linear", nn.Linear(4, 4)),
+    "a hook": lambda block: block.norm.register_forward_hook(lambda *args: None),
+    "a forward": lambda block: setattr(block.norm, "forward", lambda x: x),
+    "the mode": lambda block: block.eval(),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_the_state_of_a_module_tells_what_was_replaced(change: str) -> None:
     block = Block()
-    token = weights_token(block)
+    block.eps, block.scaling, block.active = 1e-5, {"default": 1.0}, ["default"]
+    block.processor = types.SimpleNamespace(scale=1.0)
+    state = ModuleState(block)
     with torch.no_grad():
-        block.linear.weight.add_(1)
-    assert weights_token(block) == token
-    kept = block.linear.weight  # alive, so that its id and address are not used again
-    block.linear.weight = nn.Parameter(torch.zeros(4, 4))
-    assert weights_token(block) != token
-    block.linear.weight = kept
-    assert weights_token(block) == token
-    block.register_buffer("more", torch.zeros(1))
-    assert weights_token(block) != token
+        block.linear.weight.add_(1)  # in place: the graphs see it
+    assert ModuleState(block) == state and state != object()
+    CHANGES[change](block)
+    assert ModuleState(block) != state
+
+
+def test_attributes_that_were_set_before_torch_set_its_own_count_too() -> None:
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            self.early = 1.5
+            super().__init__()
+
+    module = Early()
+    state = ModuleState(module)
+    module.early = 2.5
+    assert ModuleState(module) != state
+
+
+def test_the_state_keeps_what_it_saw_so_that_no_new_thing_has_its_address() -> None:
+    block = Block()
+    for _ in range(200):
+        state = ModuleState(block)
+        block.eps = 1e-5 * float(torch.rand(()))  # the old number is free, but for the state
+        block.linear.weight = nn.Parameter(torch.zeros(4, 4))
+        assert ModuleState(block) != state
