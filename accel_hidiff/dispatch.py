@@ -56,6 +56,12 @@ class Dispatcher:
         """A model whose calls are served from now on."""
         self._models[name] = (model, regions)
 
+    def forget_models(self) -> None:
+        """Others are registered in their place; what has no weights of its own stays."""
+        self._forget()
+        self._states.clear()
+        self._models = {name: held for name, held in self._models.items() if not list(held[0].parameters())}
+
     # Hot path
 
     def begin(self, request_number: int) -> None:

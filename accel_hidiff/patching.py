@@ -68,6 +68,7 @@ class Patch:
         self.control_ratio = self.config.control_ratio if self.config.is_active else 1.0
         self.scope = CallScope()
         self.runner: UNetRunner | None = None
+        self.follow: Callable[[], bool] | None = None  # puts another patch in this one's place if models were exchanged
         self.clock: PipelineClock | None = None
         self.windowed_transformers = _windowed_transformers(unet, family)
         self.windowed_blocks = tuple(
@@ -192,6 +193,7 @@ class Patch:
             undo.replace(net, "forward", forward, f"trained scale of {path}")
             undo.replace(net, _PATCH, self, "patch record")
         if pipe is not None:
+            undo.replace(pipe, _PATCH, self, "patch record")
             self.clock = PipelineClock(pipe)
             if hasattr(pipe, "prepare_extra_step_kwargs"):
                 watch = self._watch_request(pipe, pipe.prepare_extra_step_kwargs)
@@ -271,10 +273,18 @@ class Patch:
         """A request begins: its generator's seed, read without drawing from it, seeds the window shifts.
 
         A list of generators (one per image) gives no common seed; the config's `shift_seed` is used, so that a batch
-        and its parts run with the same shifts. ControlNets that were exchanged since are refused: nothing resizes them.
+        and its parts run with the same shifts. Models that were exchanged since are followed, or refused: nothing is
+        patched in them.
         """
 
         def prepare_extra_step_kwargs(generator: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.follow is not None and self.follow():
+                return pipe.prepare_extra_step_kwargs(generator, *args, **kwargs)
+            if pipe.unet is not self.unet:
+                raise PatchConflict(
+                    "pipe.unet: expected the UNet that HiDiffusion was applied to, got another one; after exchanging "
+                    "it, apply again"
+                )
             if set(find_controlnets(pipe).values()) != set(self.controlnets.values()):
                 raise PatchConflict(
                     "pipe.controlnet: expected the ControlNets that HiDiffusion was applied with, got others; after "
@@ -338,7 +348,7 @@ def install(
     """`apply_hidiffusion` with a layer of compiled regions between the windows and the pool (see `dispatch`)."""
     pipe, unet = find_unet(pipe_or_unet)
     model = recognize(pipe, unet.config, config, family, task)
-    if (existing := find_patch(unet)) is not None:
+    for existing in _patches(unet, pipe):
         if existing.runner is not None:
             raise AccelHiDiffError("this UNet is accelerated already: call its handle's remove() first")
         existing.remove()
@@ -353,18 +363,23 @@ def install(
 
 def remove_hidiffusion(pipe_or_unet: Any) -> Any:
     """Takes HiDiffusion off; the model is then bit-identical to one that was never patched. Returns its argument."""
-    _, unet = find_unet(pipe_or_unet)
-    patch = find_patch(unet)
-    if patch is not None:
+    pipe, unet = find_unet(pipe_or_unet)
+    for patch in _patches(unet, pipe):
         if patch.runner is not None:
             raise AccelHiDiffError("this UNet is accelerated: call the handle's remove() instead")
         patch.remove()
     return pipe_or_unet
 
 
-def find_patch(unet: nn.Module) -> Patch | None:
-    """The patch that is installed on a UNet."""
-    return vars(unet).get(_PATCH)
+def find_patch(holder: Any) -> Patch | None:
+    """The patch that is installed on a UNet, a ControlNet or a pipeline."""
+    return vars(holder).get(_PATCH)
+
+
+def _patches(*holders: Any) -> list[Patch]:
+    """The patches that are installed on these: two where a pipeline's UNet was exchanged for a patched one."""
+    found = [find_patch(holder) for holder in holders if holder is not None]
+    return list(dict.fromkeys(patch for patch in found if patch is not None))
 
 
 def find_unet(pipe_or_unet: Any) -> tuple[Any, UNet2DConditionModel]:

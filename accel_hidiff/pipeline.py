@@ -16,14 +16,14 @@ from accel_hidiff.binder import Binder
 from accel_hidiff.cfgpp.compiled import CompiledStep
 from accel_hidiff.cfgpp.guidance import Guidance, apply_cfgpp
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_choice, check_pixels
-from accel_hidiff.control import find_controlnets
 from accel_hidiff.dispatch import ON_MISS, Dispatcher, Graphs
 from accel_hidiff.errors import BadInput
 from accel_hidiff.explain import ExplainRow, Explanation, PrecompileEvent, PrecompileReport
-from accel_hidiff.patching import Patch, find_unet, install
+from accel_hidiff.installed import Installed
+from accel_hidiff.patching import Patch, find_unet
 from accel_hidiff.regions import RegionGraph
 from accel_hidiff.schedule import LATENT_CELL, Phase, control_steps, running_steps
-from accel_hidiff.served import REGIONS, ServedControlNet, ServedDecoder, ServedUNet
+from accel_hidiff.served import REGIONS, ServedControlNet
 from accel_hidiff.stats import Stats
 from accel_hidiff.topology import Topology
 from accel_hidiff.undo import UndoLog
@@ -44,7 +44,6 @@ class Handle:
 
     Attributes:
         pipe: the user's pipeline; call it as before.
-        patch: the HiDiffusion patch on its UNet.
         cache: the compile cache, None where the backend keeps nothing.
         stats: counters, see `accel_hidiff.stats.Stats`.
         meant_for: the device that a pipeline without weights (on torch's "meta" device) is looked at for.
@@ -54,23 +53,23 @@ class Handle:
         self,
         pipe: Any,
         dispatcher: Dispatcher,
-        unet: ServedUNet,
-        controlnets: Sequence[ServedControlNet],
-        decoder: ServedDecoder,
+        installed: Installed,
         guidance: Guidance | None,
         step: CompiledStep,
-        undo: UndoLog,
     ) -> None:
         self.pipe = pipe
-        self.patch: Patch = unet.patch
         self._dispatcher = dispatcher
-        self._unet = unet
-        self._controlnets = controlnets
-        self._decoder = decoder
+        self._installed = installed
         self._guidance = guidance
         self._step = step
-        self._undo = undo
+        self._undo = UndoLog()
+        self._undo.replace(pipe, _HANDLE, self, "handle")
         self.meant_for: torch.device | None = None
+
+    @property
+    def patch(self) -> Patch:
+        """The HiDiffusion patch on the pipeline's UNet."""
+        return self._installed.patch
 
     @property
     def stats(self) -> Stats:
@@ -199,7 +198,7 @@ class Handle:
                 states[phase.topology, controlled] = self._row("", str(phase.topology), graphs)
             row = states[phase.topology, controlled]
             rows.append(ExplainRow(**{**vars(row), "steps": f"[{phase.start}, {phase.stop})"}))
-        for net in self._controlnets:
+        for net in self._installed.controlnets:
             span = f"[0, {control_steps(steps, self.patch.control_ratio)})"
             rows.append(self._row(span, net.name, self._controlnet_graphs(net, height, width, batch)))
         if self._guidance is not None:
@@ -216,19 +215,19 @@ class Handle:
         Raises:
             PatchConflict: something else replaced a patched attribute since; nothing is removed then.
         """
-        self.patch.check_removable()
+        self._installed.check_removable()
         if self._guidance is not None:
             self._guidance.check_removable()
         self._undo.undo()
         if self._guidance is not None:
             self._guidance.remove()
-        self.patch.remove()
+        self._installed.remove()
         return self.pipe
 
     def __repr__(self) -> str:
         binder = self._dispatcher.binder
         return (
-            f"Handle(backend={binder.backend.name!r}, regions={'whole' if self._unet.whole else 'blocks'!r}, "
+            f"Handle(backend={binder.backend.name!r}, regions={'whole' if self._installed.unet.whole else 'blocks'!r}, "
             f"shapes={binder.shapes!r}, on_miss={self._dispatcher.on_miss!r}, {self.patch!r})"
         )
 
@@ -238,7 +237,7 @@ class Handle:
             for batch in batches:
                 for topology, controlled in kinds:
                     yield self._unet_graphs(topology, height, width, batch, controlled)
-                for net in self._controlnets:
+                for net in self._installed.controlnets:
                     yield self._controlnet_graphs(net, height, width, batch)
                 if self._guidance is not None:
                     yield self._step_graphs(height, width, batch)
@@ -248,7 +247,8 @@ class Handle:
     def _phases(self, height: int, width: int, steps: int) -> Iterator[tuple[Phase, bool]]:
         """The phases of a request, and whether a graph takes ControlNet residuals in them: only a whole UNet does, so
         that only there a phase is cut where the ControlNets stop."""
-        stop = control_steps(steps, self.patch.control_ratio) if self._controlnets and self._unet.whole else 0
+        cut = self._installed.controlnets and self._installed.unet.whole
+        stop = control_steps(steps, self.patch.control_ratio) if cut else 0
         for phase in self.patch.plan(height, width, steps):
             if phase.start < stop:
                 yield Phase(phase.start, min(phase.stop, stop), phase.topology), True
@@ -259,7 +259,7 @@ class Handle:
         unet = self.pipe.unet
         sizes = height // LATENT_CELL, width // LATENT_CELL, batch, self._tokens()
         device = self._device(unet)
-        return self._unet.graphs(topology, *sizes, dtype=unet.dtype, device=device, controlled=controlled)
+        return self._installed.unet.graphs(topology, *sizes, dtype=unet.dtype, device=device, controlled=controlled)
 
     def _controlnet_graphs(self, net: ServedControlNet, height: int, width: int, batch: int) -> Graphs:
         cells = self.patch.control_size(height // LATENT_CELL, width // LATENT_CELL)
@@ -275,7 +275,7 @@ class Handle:
         if vae is None:
             return []
         cells = height // LATENT_CELL, width // LATENT_CELL
-        return self._decoder.graphs(*cells, batch, dtype=vae.dtype, device=self._device(vae))
+        return self._installed.decoder.graphs(*cells, batch, dtype=vae.dtype, device=self._device(vae))
 
     def _device(self, model: Any) -> torch.device:
         """Where a model runs: where it is, or where it is meant to be while it is only a skeleton."""
@@ -374,28 +374,16 @@ def accelerate(
             f'got "whole" and addition_embed_type {unet.config.addition_embed_type!r}'
         )
     dispatcher = Dispatcher(Binder(cache, chosen, shapes, Stats()), on_miss, _hint(cache))
-    served_unet = ServedUNet(dispatcher, regions)
-    served_nets = [ServedControlNet(dispatcher, path, net, regions) for path, net in find_controlnets(pipe).items()]
-
-    def region_layer(patch: Patch, undo: UndoLog) -> None:
-        served_unet.install(patch, undo)
-        for net in served_nets:
-            net.install(patch, undo)
-
+    installed = Installed(pipe, dispatcher, hidiffusion or _NO_HIDIFFUSION, regions, family, task)
     step = CompiledStep(dispatcher, unet.config.out_channels)
     guided = None if guidance is None else apply_cfgpp(pipe, config=guidance, stepper=step)
     try:
-        install(pipe, hidiffusion or _NO_HIDIFFUSION, family, task, region_layer)
+        installed.install()
     except BaseException:
         if guided is not None:
             guided.remove()
         raise
-    undo, decoder = UndoLog(), ServedDecoder(dispatcher)
-    if getattr(pipe, "vae", None) is not None and hasattr(pipe.vae, "decoder"):
-        decoder.install(pipe.vae, undo)
-    handle = Handle(pipe, dispatcher, served_unet, served_nets, decoder, guided, step, undo)
-    undo.replace(pipe, _HANDLE, handle, "handle")
-    return handle
+    return Handle(pipe, dispatcher, installed, guided, step)
 
 
 def _hint(cache: CompileCache | None) -> str:

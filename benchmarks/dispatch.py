@@ -175,7 +175,7 @@ def main() -> None:
                 request_check_us=h.rounded(request.cpu_median / REQUESTS * 1e6 - patched.cpu_median / CALLS * 1e6, 3),
             )  # fmt: skip
         times = h.interleave(region_calls(handle, trivial, many_sizes(1)[0]), options.repeats, warmup=1)
-        regions = len(handle._unet.regions)
+        regions = len(handle._installed.unet.regions)
         spent = (times["wrappers"].cpu_median - times["alone"].cpu_median) / REGION_CALLS * 1e6
         report.add(regions=regions, region_dispatch_us=h.rounded(spent, 3), per_region_us=h.rounded(spent / regions, 3))
 

@@ -30,6 +30,7 @@ from compile_cache.environment import environment_factors
 # Passed to one compilation at a time, never set globally.
 OPTIONS: dict[str, bool | int | str] = {
     "aot_inductor.package_constants_in_so": False,  # no weights in the artifact
+    "always_keep_tensor_constants": True,  # else those of up to 8 numbers are: a bias of the compiled checkpoint
     "cpp.dynamic_threads": True,  # else the compiling machine's thread count is baked into the code
 }
 _PACKAGE = "package.pt2"
@@ -75,7 +76,7 @@ class AOTBackend:
             # Processes that compile one graph at once share Inductor's own files, and can leave a package with
             # half-written ones: what does not load is not stored.
             advice = "nothing was stored: compile again, alone or with another TORCHINDUCTOR_CACHE_DIR"
-            _load(graph, directory / _PACKAGE, advice)
+            _require_free_weights(graph, program, _load(graph, directory / _PACKAGE, advice))
             return {"region": graph.region.kind, "serves": served.to_json(), "inputs": inputs}
 
         entry = cache.link(action, cache.get_or_build(content, build))
@@ -122,6 +123,18 @@ def _load(graph: RegionGraph, path: Path, advice: str) -> Any:
     except RuntimeError as problem:
         got = str(problem).strip().splitlines()[0]
         raise CompileFailed(f"{graph.region.path}: expected a package that loads, got: {got}; {advice}") from problem
+
+
+def _require_free_weights(graph: RegionGraph, program: torch.export.ExportedProgram, package: Any) -> None:
+    """CompileFailed if the package holds a weight as a constant: it would serve one checkpoint only."""
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    used = {named[node.name] for node in program.graph.nodes if node.name in named and node.users}
+    if baked := sorted(used - set(package.get_constant_fqns())):
+        raise CompileFailed(
+            f"{graph.region.path}: expected a package that takes all weights from outside, {baked[0]} is a constant of "
+            "it, which no other checkpoint shares; nothing was stored: use backend='inductor' for this model"
+        )
 
 
 def _device_index(device: torch.device) -> int:

@@ -67,6 +67,8 @@ class Guidance:
         self._undo = UndoLog()
         self._driven: Any = None  # the CFG++ scheduler whose steps are taken here
         self._plain: Any = None  # the user's, in whose place it is: the same, if that is a CFG++ one
+        self._heard: Any = None  # the UNet whose predictions are kept
+        self._hook: Any = None
         self._said = _Said()
 
     @property
@@ -77,10 +79,8 @@ class Guidance:
     def install(self) -> None:
         """Takes over the pipeline's scheduler, now and whenever the user sets another."""
         pipe, undo = self.pipe, self._undo
-        self._adopt_scheduler()
-        hook = pipe.unet.register_forward_hook(self._keep_prediction())
-        self._hook = hook
-        undo.replace(pipe, "check_inputs", self._before(pipe.check_inputs, self._adopt_scheduler), "CFG++ scheduler")
+        self._adopt_models()
+        undo.replace(pipe, "check_inputs", self._before(pipe.check_inputs, self._adopt_models), "CFG++ scheduler")
         undo.replace(pipe, "encode_prompt", self._before(pipe.encode_prompt, self._check_request), "CFG++ checks")
         undo.replace(pipe, _GUIDANCE, self, "CFG++ record")
 
@@ -95,7 +95,7 @@ class Guidance:
             PatchConflict: something else replaced a method that CFG++ had replaced; nothing is removed then.
         """
         self._undo.undo()
-        self._hook.remove()
+        self._listen_to(None)
         pipe = self.pipe
         if pipe.scheduler is self._driven:
             vars(pipe)["scheduler"] = self._plain
@@ -130,9 +130,19 @@ class Guidance:
 
         return method
 
-    def _adopt_scheduler(self) -> None:
-        """The pipeline's scheduler becomes a CFG++ one: it is one already, or it is replaced by its counterpart."""
+    def _listen_to(self, unet: Any) -> None:
+        """The predictions of this UNet count, and no other's."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._heard = unet
+        self._hook = None if unet is None else unet.register_forward_hook(self._keep_prediction())
+
+    def _adopt_models(self) -> None:
+        """The pipeline's scheduler becomes a CFG++ one: it is one already, or it is replaced by its counterpart. The
+        UNet may be another one, too."""
         pipe = self.pipe
+        if pipe.unet is not self._heard:
+            self._listen_to(pipe.unet)
         current = pipe.scheduler
         self._said.prediction = None
         if current is self._driven:

@@ -1,0 +1,108 @@
+"""The served models of one pipeline: put in place together, taken off together, followed when they are exchanged."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+from accel_hidiff.config import HiDiffusionConfig
+from accel_hidiff.control import find_controlnets
+from accel_hidiff.dispatch import Dispatcher
+from accel_hidiff.patching import Patch, install
+from accel_hidiff.served import ServedControlNet, ServedDecoder, ServedUNet
+from accel_hidiff.undo import UndoLog
+
+LOG: Final = logging.getLogger("accel_hidiff")
+
+
+class Installed:
+    """UNet, ControlNets and VAE decoder of a pipeline, under a dispatcher.
+
+    Args:
+        pipe: the pipeline.
+        dispatcher: serves their calls.
+        config: HiDiffusion's settings.
+        regions, family, task: as in `accelerate`.
+    """
+
+    unet: ServedUNet
+    controlnets: list[ServedControlNet]
+    decoder: ServedDecoder
+
+    def __init__(
+        self,
+        pipe: Any,
+        dispatcher: Dispatcher,
+        config: HiDiffusionConfig,
+        regions: str,
+        family: str | None,
+        task: str | None,
+    ) -> None:
+        self._pipe = pipe
+        self._dispatcher = dispatcher
+        self._config = config
+        self._regions = regions
+        self._told = family, task
+        self._undo = UndoLog()
+        self._vae: Any = None
+
+    @property
+    def patch(self) -> Patch:
+        """HiDiffusion on the UNet that the pipeline has now."""
+        return self.unet.patch
+
+    def install(self) -> None:
+        """Puts everything in place, or nothing.
+
+        Raises:
+            UnknownLayout, BadInput, AccelHiDiffError: the pipeline's models are not what they should be.
+        """
+        pipe, dispatcher = self._pipe, self._dispatcher
+        unet = ServedUNet(dispatcher, self._regions)
+        nets = [ServedControlNet(dispatcher, path, net, self._regions) for path, net in find_controlnets(pipe).items()]
+
+        def region_layer(patch: Patch, undo: UndoLog) -> None:
+            unet.install(patch, undo)
+            for net in nets:
+                net.install(patch, undo)
+
+        install(pipe, self._config, *self._told, region_layer)
+        self.unet, self.controlnets, self.decoder = unet, nets, ServedDecoder(dispatcher)
+        self._vae = getattr(pipe, "vae", None)
+        if self._vae is not None and hasattr(self._vae, "decoder"):
+            self.decoder.install(self._vae, self._undo)
+        self.patch.follow = self._follow
+
+    def check_removable(self) -> None:
+        """PatchConflict if somebody else replaced a patched attribute since."""
+        self.patch.check_removable()
+        self._undo.check()
+
+    def remove(self) -> None:
+        """Takes everything off.
+
+        Raises:
+            PatchConflict: somebody else replaced a patched attribute since; nothing is removed then.
+        """
+        self.check_removable()
+        self._undo.undo()
+        self.patch.remove()
+
+    def _follow(self) -> bool:
+        """At the begin of a request: takes over the models that the user has set since, if there are any."""
+        if not self._exchanged():
+            return False
+        LOG.info("models of the pipeline were exchanged; their graphs are bound anew", extra={"event": "exchanged"})
+        self.remove()
+        self._dispatcher.forget_models()
+        self.install()
+        return True
+
+    def _exchanged(self) -> bool:
+        """Whether the user has set another UNet, ControlNet or VAE since."""
+        pipe, nets = self._pipe, find_controlnets(self._pipe).values()
+        return (
+            pipe.unet is not self.patch.unet
+            or getattr(pipe, "vae", None) is not self._vae
+            or [id(net) for net in nets] != [id(served.net) for served in self.controlnets]
+        )
