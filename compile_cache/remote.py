@@ -7,30 +7,33 @@ left alone for a while, and what comes from it is checked like everything else b
 from __future__ import annotations
 
 import logging
+import os
 import queue
+import re
 import threading
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeVar
 
 from .errors import RemoteError, RemoteWarning, one_line
-from .files import hash_file, remove, rename
-from .leases import held_alone
+from .files import hash_file, remove
 from .records import BlobRef, is_sha256
 from .stats import CacheStats
 
 LOG: Final = logging.getLogger("compile_cache.remote")
 CHUNK: Final = 4 << 20  # bytes asked for at a time
 MAX_RECORD: Final = 16 << 20  # bytes; a longer file is no record
+_USER: Final = re.compile(r"://[^/\s]*@")  # user and password in a URL
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), from several threads one at a time."""
+
+Beat = Callable[[], None]
 
 _T = TypeVar("_T")
 
@@ -40,10 +43,12 @@ class Remote:
     """Where the second tier lies, and how long it may take.
 
     Args:
-        url: of its directory, such as ``s3://bucket/cache`` or ``file:///mnt/cache``.
+        url: of its directory, such as ``s3://bucket/cache`` or ``file:///mnt/cache``. On S3 a reader needs the right
+            s3:ListBucket besides s3:GetObject: without it, S3 says of what is missing that access is denied.
         push: write-back: what is built or stored here goes there as well, at once.
-        timeout: seconds without an answer or progress after which the remote counts as down.
-        patience: seconds that one look-up may take in all, however well it progresses.
+        timeout: seconds without an answer or progress after which the remote counts as down; for a file that is sent,
+            seconds for each 4 MiB, as not every file system tells of its progress.
+        patience: seconds that one look-up, or one file that is sent, may take in all, however well it progresses.
         retry_after: seconds for which a remote that was down, and a key that it did not have, are not asked for again.
         workers: number of files that are copied side by side.
         options: for the fsspec file system (endpoint, credentials, ...).
@@ -58,14 +63,19 @@ class Remote:
     patience: float = 120.0
     retry_after: float = 60.0
     workers: int = 4
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold credentials
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or not self.url.strip():
             raise RemoteError(f"url: expected the URL of a directory, got {self.url!r}; give one such as s3://bucket/x")
         for name, least in (("timeout", 0.01), ("patience", 0.01), ("retry_after", 0), ("workers", 1)):
-            if not getattr(self, name) >= least:
-                raise RemoteError(f"{name}: expected at least {least}, got {getattr(self, name)}; give a larger number")
+            value = getattr(self, name)
+            kind = int if name == "workers" else int | float
+            if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+                raise RemoteError(f"{name}: expected a number of at least {least}, got {value!r}; give such a number")
+
+    def __repr__(self) -> str:
+        return f"Remote({_without_user(self.url)!r}, push={self.push})"  # options and URL may hold credentials
 
 
 class RemoteTier:
@@ -76,38 +86,51 @@ class RemoteTier:
         stats: counters to keep.
 
     Raises:
-        RemoteError: if the URL names no file system that is installed here.
+        RemoteError: if the URL names no file system that is installed here, or the options do not fit it.
     """
 
     def __init__(self, remote: Remote, stats: CacheStats) -> None:
-        import fsspec
-
         self.remote = remote
         self.stats = stats
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(remote.url, **remote.options)
-        except (ImportError, ValueError) as error:
-            raise RemoteError(
-                f"expected a URL that fsspec can open, got {remote.url}: {one_line(error, 120)}; install what its "
-                "protocol needs (for s3: pip install s3fs)"
-            ) from error
-        protocol = self._fs.protocol
-        self._renames = "file" in (protocol if isinstance(protocol, tuple) else (protocol,))
+        self._opened: tuple[int, Any] | None = None  # process, file system
+        self._root = ""
+        self._lock = threading.Lock()
         self._down_until = 0.0
         self._absent: dict[str, float] = {}  # digest -> until when it is not asked for
+        self._damaged: set[str] = set()  # blobs that came with other bytes than their name says
+        try:
+            self._bounded(lambda fs, beat: None)
+        except _Failed as failed:
+            if not isinstance(failed.__cause__, ImportError | ValueError | TypeError | KeyError):
+                self._down(failed)  # some connect when they are made: that one is down is no reason not to start
+                return
+            got = f"{remote.url}: {one_line(failed.__cause__, 120)}"
+            raise RemoteError(
+                f"expected a URL that fsspec can open, got {_without_user(got)}; install what its protocol needs "
+                "(for s3: pip install s3fs), and check the options"
+            ) from failed.__cause__
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def record(self, digest: str) -> bytes | None:
-        """The bytes of a record; None if the remote has none, is down, or is not asked for now. Never raises."""
-        if monotonic() < max(self._down_until, self._absent.get(digest, 0.0)):
+    def record(self, digest: str, *, strict: bool = False) -> bytes | None:
+        """The bytes of a record; None if the remote has none, is down, or is not asked for now.
+
+        Args:
+            digest: of the key.
+            strict: ask in any case, for a person who waits for it.
+
+        Raises:
+            RemoteError: with ``strict``, if the remote does not answer.
+        """
+        if not strict and monotonic() < max(self._down_until, self._absent.get(digest, 0.0)):
             return None
-        path = self._path("actions", digest, ".json")
-        with self._forgiving():
+        with self._strict() if strict else self._forgiving():
             try:
-                return self._bounded(lambda beat: self._fs.cat_file(path, start=0, end=MAX_RECORD))
-            except FileNotFoundError:
-                self._leave(digest)
+                return self._read(_record(digest), 0, MAX_RECORD)
+            except _Absent:
+                self.leave(digest)
+            except _Unusable as problem:
+                self.reject(digest, str(problem))
         return None
 
     def blobs(
@@ -118,18 +141,23 @@ class RemoteTier:
         progress: Progress | None = None,
         patience: float | None = None,
     ) -> dict[str, Path] | None:
-        """Copy the blobs of an entry into a directory, checked; parts that an earlier try left there are continued.
+        """Copy the blobs of an entry into a directory, checked; what an earlier try left there is continued.
+
+        Nobody else may fetch that entry into that directory at the same time.
 
         Args:
             digest: of the entry.
             refs: what to copy.
             directory: local, on the disk of the cache.
             progress: told of the bytes.
-            patience: seconds in all; None: as the remote says.
+            patience: seconds in all, for a person who waits for it; None: as the remote says.
 
         Returns:
-            SHA-256 -> path that nobody else uses; None if the remote could not give all of them (the parts stay for
-            the next try).
+            SHA-256 -> path; None if the remote could not give all of them (what came stays for the next try).
+
+        Raises:
+            RemoteError: with ``patience``, if the remote does not answer.
+            OSError: if they cannot be written.
         """
         wanted = list({ref.sha256: ref for ref in refs}.values())
         deadline = monotonic() + (self.remote.patience if patience is None else patience)
@@ -137,24 +165,32 @@ class RemoteTier:
         got: dict[str, Path] = {}
 
         def one(ref: BlobRef) -> None:
-            got[ref.sha256] = self._download(ref, directory, deadline, counter)
+            part = directory / f"partial-{digest}-{ref.sha256}"
+            self._download(ref, part, deadline, counter)
+            got[ref.sha256] = part
 
-        with self._forgiving():
+        with self._forgiving() if patience is None else self._strict():
             try:
-                self._side_by_side(one, wanted)
+                self._side_by_side(one, wanted, counter)
             except _Unusable as problem:
                 self.reject(digest, str(problem))
             else:
                 return got
-        for path in got.values():
-            remove(path)
         return None
 
     def reject(self, digest: str, reason: str) -> None:
         """What the remote has under a key cannot be used: one warning, and it is not asked for again for a while."""
         self.stats.add("remote_errors")
-        self._leave(digest)
+        self.leave(digest)
         self._warn(f"expected entry {digest[:12]} as stored at {self.remote.url}, got {reason}; it counts as missing")
+
+    def leave(self, digest: str) -> None:
+        """Do not ask for a key again for a while."""
+        now = monotonic()
+        with self._lock:
+            if len(self._absent) > 10_000:
+                self._absent = {key: until for key, until in self._absent.items() if until > now}
+            self._absent[digest] = now + self.remote.retry_after
 
     def digests(self) -> list[str]:
         """The digests of all records, sorted.
@@ -162,15 +198,20 @@ class RemoteTier:
         Raises:
             RemoteError: if the remote does not answer.
         """
+
+        def find(fs: Any, beat: Beat) -> list[str]:
+            fs.invalidate_cache()
+            return [str(name) for name in fs.find(f"{self._root}/v1/actions")]
+
         with self._strict():
-            names = self._bounded(lambda beat: self._fs.find(f"{self._root}/v1/actions"), self.remote.patience)
-        found = (str(name).rsplit("/", 1)[-1].removesuffix(".json") for name in names)
+            names = self._bounded(find, self.remote.patience)
+        found = (name.rsplit("/", 1)[-1].removesuffix(".json") for name in names)
         return sorted(digest for digest in found if is_sha256(digest))
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
-    def push(self, digest: str, record: bytes, blobs: Mapping[BlobRef, Path], progress: Progress | None = None) -> bool:
-        """Store a record and its blobs; what is there already is not sent again. The record goes last.
+    def push(self, digest: str, record: bytes, blobs: Mapping[BlobRef, Path]) -> bool:
+        """Store a record and its blobs; a blob that is there already is not sent again. The record goes last.
 
         Returns:
             False if the remote is down (one warning).
@@ -178,7 +219,7 @@ class RemoteTier:
         if monotonic() < self._down_until:
             return False
         with self._forgiving():
-            self._push(digest, record, blobs, _Bytes(sum(ref.size for ref in blobs), progress))
+            self._push(digest, record, blobs, None, self.remote.patience)
             return True
         return False
 
@@ -189,112 +230,161 @@ class RemoteTier:
             RemoteError: if the remote does not take it.
         """
         with self._strict():
-            self._push(digest, record, blobs, _Bytes(sum(ref.size for ref in blobs), progress))
+            self._push(digest, record, blobs, progress, float("inf"))
 
-    def _push(self, digest: str, record: bytes, blobs: Mapping[BlobRef, Path], counter: _Bytes) -> None:
+    def _push(
+        self, digest: str, record: bytes, blobs: Mapping[BlobRef, Path], progress: Progress | None, patience: float
+    ) -> None:
+        counter = _Bytes(sum(ref.size for ref in blobs), progress)
+
         def one(item: tuple[BlobRef, Path]) -> None:
             ref, source = item
-            target = self._path("blobs", ref.sha256)
-            if self._size(target) != ref.size:
-                self._put(source, target)
+            place = _blob(ref.sha256)
+            if ref.sha256 in self._damaged or self._size(place) != ref.size:
+                limit = min(self.remote.timeout * (1 + ref.size // CHUNK), patience)
+                self._write(place, lambda fs, to, beat: fs.put_file(str(source), to, callback=_beating(beat)), limit)
+                self._damaged.discard(ref.sha256)
                 self.stats.add("pushed_bytes", ref.size)
             counter.add(ref.size)
 
-        self._side_by_side(one, list(blobs.items()))
-        self._absent.pop(digest, None)
-        target = self._path("actions", digest, ".json")
-        if self._renames:
-            self._rename_into(target, lambda part: self._bounded(lambda beat: self._fs.pipe_file(part, record)))
-        else:
-            self._bounded(lambda beat: self._fs.pipe_file(target, record))
+        self._side_by_side(one, list(blobs.items()), counter)
+        self._write(_record(digest), lambda fs, to, beat: fs.pipe_file(to, record))
         self.stats.add("pushed_bytes", len(record))
-
-    def _put(self, source: Path, target: str) -> None:
-        def put(place: str) -> None:
-            self._bounded(lambda beat: self._fs.put_file(str(source), place, callback=_beating(beat)))
-
-        if self._renames:
-            self._rename_into(target, put)
-        else:
-            put(target)
-
-    def _rename_into(self, target: str, write: Callable[[str], Any]) -> None:
-        """For file systems where a file can be seen half-written."""
-        part = f"{target}.{threading.get_ident():x}.part"
-        self._bounded(lambda beat: self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True))
-        try:
-            write(part)
-            self._bounded(lambda beat: self._fs.mv(part, target))
-        except BaseException:
-            remove(Path(part))
-            raise
+        with self._lock:
+            self._absent.pop(digest, None)
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    def _download(self, ref: BlobRef, directory: Path, deadline: float, counter: _Bytes) -> Path:
-        done = directory / f"blob-{uuid.uuid4().hex}"
-        part = directory / f"partial-{ref.sha256}"
-        part.touch()
-        with held_alone(part) as alone:
-            if not alone:  # another process fetches it too: each its own
-                part = directory / f"partial-{uuid.uuid4().hex}"
-            self._continue(ref, part, deadline, counter)
-            if hash_file(part, sync=True)[0] != ref:
-                remove(part)
-                raise _Unusable(f"blob {ref.sha256[:12]}: other bytes than its SHA-256 says")
-            rename(part, done)
-        return done
-
-    def _continue(self, ref: BlobRef, part: Path, deadline: float, counter: _Bytes) -> None:
-        source = self._path("blobs", ref.sha256)
+    def _download(self, ref: BlobRef, part: Path, deadline: float, counter: _Bytes) -> None:
         with open(part, "ab") as file:
             if file.tell() > ref.size:
                 file.truncate(0)
+                file.seek(0)
             counter.add(have := file.tell())
             while have < ref.size:
                 if monotonic() > deadline:
-                    raise TimeoutError(f"{have} of {ref.size} bytes in the time allowed; the rest is fetched next time")
-                data = self._range(source, have, min(have + CHUNK, ref.size))
+                    raise _Unusable(f"{have} of {ref.size} bytes in the time allowed; the rest is fetched next time")
+                try:
+                    data = self._read(_blob(ref.sha256), have, min(have + CHUNK, ref.size))
+                except _Absent:
+                    raise _Unusable(f"no blob {ref.sha256[:12]}") from None
                 if not data:
                     raise _Unusable(f"blob {ref.sha256[:12]}: {have} bytes in place of {ref.size}")
-                file.write(data)
-                have += len(data)
                 counter.add(len(data))
+                file.write(data)
+                file.flush()  # it outlives this process
+                have += len(data)
                 self.stats.add("pulled_bytes", len(data))
+        if hash_file(part, sync=True)[0] != ref:
+            remove(part)
+            self._damaged.add(ref.sha256)
+            raise _Unusable(f"blob {ref.sha256[:12]}: other bytes than its SHA-256 says")
 
-    def _range(self, path: str, start: int, end: int) -> bytes:
-        try:
-            return self._bounded(lambda beat: self._fs.cat_file(path, start=start, end=end))[: end - start]
-        except FileNotFoundError:
-            raise _Unusable(f"no blob {path.rsplit('/', 1)[-1][:12]}") from None
+    def _read(self, place: str, start: int, end: int) -> bytes:
+        def read(fs: Any, beat: Beat) -> bytes:
+            path = self._path(place)
+            fs.invalidate_cache(path)  # some look into listings that they keep, and others may have pushed since
+            return bytes(fs.cat_file(path, start=start, end=end)[: end - start])
 
-    def _size(self, path: str) -> int | None:
         try:
-            info = self._bounded(lambda beat: self._fs.info(path, refresh=True))
-        except FileNotFoundError:
+            return self._bounded(read)
+        except _Absent:
+            raise
+        except _Failed as failed:
+            if isinstance(failed.__cause__, TimeoutError) or not self._answers(place):
+                raise
+            # The trouble is with this file alone: it is empty (S3: no such range), a directory, not to be read, ...
+            raise _Unusable(f"{place.rsplit('/', 1)[-1][:12]}: {failed}") from failed
+
+    def _answers(self, place: str) -> bool:
+        try:
+            self._size(place)
+        except _Failed:
+            return False
+        return True
+
+    def _size(self, place: str) -> int | None:
+        """The size of a file; None if there is none."""
+
+        def size(fs: Any, beat: Beat) -> int | None:
+            path = self._path(place)
+            fs.invalidate_cache(path)
+            info = fs.info(path)
+            return None if info.get("type") == "directory" else info.get("size")
+
+        try:
+            return self._bounded(size)
+        except _Absent:
             return None
-        return info.get("size")
 
-    def _path(self, kind: str, name: str, suffix: str = "") -> str:
-        return f"{self._root}/v1/{kind}/{name[:2]}/{name}{suffix}"
+    def _write(self, place: str, send: Callable[[Any, str, Beat], Any], limit: float | None = None) -> None:
+        def write(fs: Any, beat: Beat) -> None:
+            target = self._path(place)
+            if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+                send(fs, target, beat)  # a store of objects: one is seen when it is whole
+                return
+            part = f"{target}.{uuid.uuid4().hex}.part"
+            fs.makedirs(os.path.dirname(target), exist_ok=True)
+            try:
+                send(fs, part, beat)
+                os.replace(part, target)
+            finally:
+                remove(Path(part))
 
-    def _leave(self, digest: str) -> None:
-        if len(self._absent) > 10_000:
-            self._absent = {key: until for key, until in self._absent.items() if until > monotonic()}
-        self._absent[digest] = monotonic() + self.remote.retry_after
+        self._bounded(write, limit)
 
-    def _side_by_side(self, work: Callable[[Any], _T], items: list[Any]) -> list[_T]:
-        if len(items) < 2:
-            return [work(item) for item in items]
-        with ThreadPoolExecutor(min(self.remote.workers, len(items)), "compile-cache-remote") as pool:
-            return list(pool.map(work, items))
+    def _path(self, place: str) -> str:
+        return f"{self._root}/v1/{place}"
 
-    def _bounded(self, work: Callable[[Callable[[], None]], _T], limit: float | None = None) -> _T:
-        """Run `work` in a thread of its own, and wait for it as long as it answers or calls its `beat` in time.
+    def _file_system(self) -> Any:
+        """A child that was forked opens its own: one that asyncio serves does not survive a fork."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            import fsspec
+
+            fs, self._root = fsspec.core.url_to_fs(self.remote.url, **self.remote.options)
+            self._opened = os.getpid(), fs
+        return self._opened[1]
+
+    def _side_by_side(self, work: Callable[[_T], None], items: Sequence[_T], counter: _Bytes) -> None:
+        """Call ``work`` with every item. No pool of threads: those are waited for when the process ends."""
+        todo: queue.SimpleQueue[_T] = queue.SimpleQueue()
+        for item in items:
+            todo.put(item)
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def run() -> None:
+            error = None
+            try:
+                while not counter.stopped:
+                    work(todo.get_nowait())
+            except (queue.Empty, _Stopped):
+                pass
+            except BaseException as caught:
+                error, counter.stopped = caught, True
+            ended.put(error)
+
+        errors: list[BaseException | None] = []
+        try:
+            threads = min(self.remote.workers, len(items))
+            for _ in range(threads):
+                _start(run)
+            while len(errors) < threads:
+                with suppress(queue.Empty):
+                    errors.append(ended.get(timeout=1))  # not for ever: Ctrl-C would wait for it, too
+        finally:
+            counter.stopped = True
+        for error in filter(None, errors):
+            raise error
+
+    def _bounded(self, work: Callable[[Any, Beat], _T], limit: float | None = None) -> _T:
+        """Give `work` the file system in a thread of its own, and wait as long as it answers or calls `beat` in time.
 
         A call that hangs is left behind: its thread ends with the process.
+
+        Raises:
+            _Failed: whatever went wrong, or took too long, is its cause.
         """
-        limit = self.remote.timeout if limit is None else limit
+        limit = min(self.remote.timeout if limit is None else limit, threading.TIMEOUT_MAX)
         results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         last = [monotonic()]
 
@@ -303,73 +393,115 @@ class RemoteTier:
 
         def run() -> None:
             try:
-                results.put((True, work(beat)))
+                results.put((True, work(self._file_system(), beat)))
             except BaseException as error:
                 results.put((False, error))
 
+        outcome: tuple[bool, Any] | None = None
         with self.stats.seconds("remote_seconds"):
-            threading.Thread(target=run, daemon=True, name="compile-cache-remote-call").start()
-            while True:
+            _start(run)
+            while outcome is None:
+                left = last[0] + limit - monotonic()
                 try:
-                    done, value = results.get(timeout=max(0.0, last[0] + limit - monotonic()))
-                    break
+                    outcome = results.get(timeout=max(0.0, left))
                 except queue.Empty:
-                    if monotonic() >= last[0] + limit:
-                        raise TimeoutError(f"no answer for {limit:g} s") from None
-        if not done:
-            raise value
-        return value
+                    if left <= 0:
+                        outcome = False, TimeoutError(f"no answer for {limit:g} s")
+        done, value = outcome
+        if done:
+            return value
+        absent = isinstance(value, FileNotFoundError) and self._opened is not None  # not a file of credentials
+        kind = _Absent if absent else _Failed
+        raise kind(f"{type(value).__name__}: {one_line(value, 160)}") from value
 
     @contextmanager
     def _strict(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except _Failed as failed:
             self.stats.add("remote_errors")
-            got = f"{type(error).__name__}: {one_line(error, 160)}"
-            raise RemoteError(
-                f"expected {self.remote.url} to answer, got {got}; check it, then run it again"
-            ) from error
+            text = f"expected {self.remote.url} to answer, got {failed}; check it, then run it again"
+            raise RemoteError(_without_user(text)) from failed.__cause__
+        self._down_until = 0.0
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
-        """What goes wrong in the block costs one warning; the remote is then left alone for a while."""
+        """A remote that fails in the block costs one warning; it is then left alone for a while."""
         try:
             yield
-        except Exception as error:  # whatever a file system of fsspec may raise
-            self.stats.add("remote_errors")
+        except _Failed as failed:
+            self._down(failed)
+
+    def _down(self, failed: _Failed) -> None:
+        self.stats.add("remote_errors")
+        with self._lock:
+            known = monotonic() < self._down_until  # another thread has said so
             self._down_until = monotonic() + self.remote.retry_after
-            got = f"{type(error).__name__}: {one_line(error, 160)}"
+        if not known:
             self._warn(
-                f"expected {self.remote.url} to answer, got {got}; "
+                f"expected {self.remote.url} to answer, got {failed}; "
                 f"the cache goes on without it for {self.remote.retry_after:g} s"
             )
 
     def _warn(self, text: str) -> None:
-        LOG.warning(text, extra={"event": "remote", "url": self.remote.url})
+        text = _without_user(text)
+        LOG.warning(text, extra={"event": "remote", "url": _without_user(self.remote.url)})
         warnings.warn(text, RemoteWarning, stacklevel=2)
+
+
+class _Failed(Exception):
+    """The remote did not do what it was asked for, or did not answer."""
+
+
+class _Absent(_Failed):
+    """The remote says that there is no such file."""
 
 
 class _Unusable(Exception):
     """The remote answered with something that cannot be used."""
 
 
+class _Stopped(Exception):
+    """Another file of the same entry failed, or nobody waits any more."""
+
+
 class _Bytes:
     """Adds up bytes from several threads."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.done = total, 0
+        self.total, self.done, self.stopped = total, 0, False
         self._progress = progress
         self._lock = threading.Lock()
 
     def add(self, size: int) -> None:
+        if self.stopped:
+            raise _Stopped
         with self._lock:
             self.done += size
             if self._progress is not None:
                 self._progress(self.done, self.total)
 
 
-def _beating(beat: Callable[[], None]) -> Any:
+def _start(run: Callable[[], None]) -> None:
+    try:
+        threading.Thread(target=run, daemon=True, name="compile-cache-remote").start()
+    except RuntimeError as error:  # too many, or the process is about to end
+        raise _Failed(one_line(error)) from error
+
+
+def _record(digest: str) -> str:
+    return f"actions/{digest[:2]}/{digest}.json"
+
+
+def _blob(sha256: str) -> str:
+    return f"blobs/{sha256[:2]}/{sha256}"
+
+
+def _without_user(text: str) -> str:
+    return _USER.sub("://***@", text)
+
+
+def _beating(beat: Beat) -> Any:
     from fsspec.callbacks import Callback
 
     class Beating(Callback):

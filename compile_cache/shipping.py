@@ -64,16 +64,25 @@ def pull(
 ) -> bool:
     """Fetch one entry from the remote and store it, checked; of several that ask for one, one fetches it.
 
+    Args:
+        patience: seconds in all, of a person who asked for it and wants to be told; None: as the remote says.
+
     Returns:
         False if the remote does not have it, is down, has something unusable, or it cannot be stored here; whatever
-        is not a plain "no" has cost a warning. Never raises.
+        is not a plain "no" has cost a warning.
+
+    Raises:
+        RemoteError, CacheWriteError: with ``patience`` only, if the remote is down or it cannot be stored here.
     """
-    data = tier.record(digest)
+    data = tier.record(digest, strict=patience is not None)
     if data is None:
         return False
     try:
         record = decode_record(data, digest)
         reason = None if trust is None else refusal(record, trust)
+        refs = set(record.files.values())
+        if len({ref.sha256 for ref in refs}) < len(refs):
+            reason = "a record that gives one blob two sizes"
     except BadRecord as error:
         reason = str(error)
     if reason is not None:
@@ -87,8 +96,11 @@ def pull(
     except Timeout:
         return False
     except OSError as error:
-        text = str(store.write_error("an entry of the remote", error))
-        warnings.warn(one_line(text, 600), RemoteWarning, stacklevel=3)
+        failed = store.write_error("an entry of the remote", error)
+        if patience is not None:
+            raise failed from error
+        tier.leave(digest)
+        warnings.warn(one_line(failed, 600), RemoteWarning, stacklevel=3)
         return False
 
 
@@ -97,6 +109,8 @@ def _fetch(
 ) -> bool:
     refs = set(record.files.values())
     missing = [ref for ref in refs if not _is_stored(store, ref)]
+    if not missing and _is_current(store, record):  # fetched while this one waited; who uses it holds that very file
+        return True
     paths = tier.blobs(record.digest, missing, store.tmp, progress, patience)
     if paths is None:
         return False
@@ -147,6 +161,14 @@ def _publish(store: BlobStore, record: Record, paths: Mapping[str, Path]) -> Non
         names.setdefault(ref.sha256, name)
     built = {name: paths[sha256] for sha256, name in names.items() if sha256 in paths and paths[sha256].exists()}
     store.publish(record, built)
+
+
+def _is_current(store: BlobStore, record: Record) -> bool:
+    try:
+        stored = store.read_record(record.digest)
+    except Damage:
+        return False
+    return stored is not None and stored[0] == record
 
 
 def _is_stored(store: BlobStore, ref: BlobRef, *, contents: bool = True) -> bool:
