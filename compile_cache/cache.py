@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from filelock import FileLock
 
+from .bounded import Progress
 from .bundle import MAX_BYTES, BundleReader, BundleReport, write_bundle
 from .entry import Entry, VerifyReport
 from .errors import (
@@ -31,7 +32,7 @@ from .leases import busy_directory
 from .limits import Judge, Limits, PruneReport, empty, foreign_to, remove_entries
 from .reader import LOG, CacheReader
 from .records import BlobRef, Record, encode_record, is_file_name, is_sha256
-from .remote import Progress, Remote, RemoteTier
+from .remote import Remote, RemoteTier
 from .shipping import import_records, pull, push_entries, sign_entries
 from .signing import Keys, SigningKey
 from .store import Damage
@@ -72,7 +73,7 @@ class CompileCache(CacheReader):
         trust: public keys (see :func:`compile_cache.public_keys`): an entry that none of them signed is never handed
             out. None: signatures are not looked at.
         sign_with: signs every entry that is stored here; needed to store in a cache with ``trust``.
-        remote: a second tier, or its URL: what is missing here is fetched from there.
+        remote: a second tier, or its URL or directory: what is missing here is fetched from there.
 
     Attributes:
         stats: counters, see :class:`compile_cache.CacheStats`.
@@ -93,7 +94,7 @@ class CompileCache(CacheReader):
         read_only: bool = False,
         trust: Keys | None = None,
         sign_with: SigningKey | None = None,
-        remote: Remote | str | None = None,
+        remote: Remote | str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(location, read_only=read_only, trust=trust)
         self.limits = Limits(max_bytes, max_age)
@@ -516,8 +517,8 @@ class CompileCache(CacheReader):
         return report
 
 
-def _remote(remote: Remote | str) -> Remote:
-    return Remote(remote) if isinstance(remote, str) else remote
+def _remote(remote: Remote | str | os.PathLike[str]) -> Remote:
+    return remote if isinstance(remote, Remote) else Remote(os.fspath(remote))
 
 
 def _digest(key: CacheKey | str) -> str:

@@ -8,32 +8,27 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import re
 import threading
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, TypeVar
 
+from .bounded import Beat, ByteCount, CallFailed, Progress, call_bounded, side_by_side
 from .errors import RemoteError, RemoteWarning, one_line
 from .files import hash_file, remove
-from .records import BlobRef, is_sha256
+from .records import BadRecord, BlobRef, ForeignRecord, decode_record, is_sha256
 from .stats import CacheStats
 
 LOG: Final = logging.getLogger("compile_cache.remote")
 CHUNK: Final = 4 << 20  # bytes asked for at a time
 MAX_RECORD: Final = 16 << 20  # bytes; a longer file is no record
 _USER: Final = re.compile(r"://[^/\s]*@")  # user and password in a URL
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all), from several threads one at a time."""
-
-Beat = Callable[[], None]
 
 _T = TypeVar("_T")
 
@@ -100,7 +95,7 @@ class RemoteTier:
         self._damaged: set[str] = set()  # blobs that came with other bytes than their name says
         try:
             self._bounded(lambda fs, beat: None)
-        except _Failed as failed:
+        except CallFailed as failed:
             if not isinstance(failed.__cause__, ImportError | ValueError | TypeError | KeyError):
                 self._down(failed)  # some connect when they are made: that one is down is no reason not to start
                 return
@@ -161,7 +156,7 @@ class RemoteTier:
         """
         wanted = list({ref.sha256: ref for ref in refs}.values())
         deadline = monotonic() + (self.remote.patience if patience is None else patience)
-        counter = _Bytes(sum(ref.size for ref in wanted), progress)
+        counter = ByteCount(sum(ref.size for ref in wanted), progress)
         got: dict[str, Path] = {}
 
         def one(ref: BlobRef) -> None:
@@ -171,7 +166,7 @@ class RemoteTier:
 
         with self._forgiving() if patience is None else self._strict():
             try:
-                self._side_by_side(one, wanted, counter)
+                side_by_side(one, wanted, self.remote.workers, counter)
             except _Unusable as problem:
                 self.reject(digest, str(problem))
             else:
@@ -235,7 +230,7 @@ class RemoteTier:
     def _push(
         self, digest: str, record: bytes, blobs: Mapping[BlobRef, Path], progress: Progress | None, patience: float
     ) -> None:
-        counter = _Bytes(sum(ref.size for ref in blobs), progress)
+        counter = ByteCount(sum(ref.size for ref in blobs), progress)
 
         def one(item: tuple[BlobRef, Path]) -> None:
             ref, source = item
@@ -247,15 +242,31 @@ class RemoteTier:
                 self.stats.add("pushed_bytes", ref.size)
             counter.add(ref.size)
 
-        self._side_by_side(one, list(blobs.items()), counter)
-        self._write(_record(digest), lambda fs, to, beat: fs.pipe_file(to, record))
-        self.stats.add("pushed_bytes", len(record))
+        side_by_side(one, list(blobs.items()), self.remote.workers, counter)
+        if self._is_better(digest, record):
+            self._write(_record(digest), lambda fs, to, beat: fs.pipe_file(to, record))
+            self.stats.add("pushed_bytes", len(record))
         with self._lock:
             self._absent.pop(digest, None)
 
+    def _is_better(self, digest: str, data: bytes) -> bool:
+        """Whether a record is to replace what the remote has: not one that says the same, of a later version of this
+        package, or with signatures that this one lacks."""
+        try:
+            there = self._read(_record(digest), 0, MAX_RECORD)
+        except (_Absent, _Unusable):
+            return True
+        try:
+            old, new = decode_record(there, digest), decode_record(data, digest)
+        except ForeignRecord:
+            return False
+        except BadRecord:
+            return True
+        return old != new and {one.key for one in old.signatures} <= {one.key for one in new.signatures}
+
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    def _download(self, ref: BlobRef, part: Path, deadline: float, counter: _Bytes) -> None:
+    def _download(self, ref: BlobRef, part: Path, deadline: float, counter: ByteCount) -> None:
         with open(part, "ab") as file:
             if file.tell() > ref.size:
                 file.truncate(0)
@@ -290,7 +301,7 @@ class RemoteTier:
             return self._bounded(read)
         except _Absent:
             raise
-        except _Failed as failed:
+        except CallFailed as failed:
             if isinstance(failed.__cause__, TimeoutError) or not self._answers(place):
                 raise
             # The trouble is with this file alone: it is empty (S3: no such range), a directory, not to be read, ...
@@ -299,7 +310,7 @@ class RemoteTier:
     def _answers(self, place: str) -> bool:
         try:
             self._size(place)
-        except _Failed:
+        except CallFailed:
             return False
         return True
 
@@ -345,80 +356,27 @@ class RemoteTier:
             self._opened = os.getpid(), fs
         return self._opened[1]
 
-    def _side_by_side(self, work: Callable[[_T], None], items: Sequence[_T], counter: _Bytes) -> None:
-        """Call ``work`` with every item. No pool of threads: those are waited for when the process ends."""
-        todo: queue.SimpleQueue[_T] = queue.SimpleQueue()
-        for item in items:
-            todo.put(item)
-        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-        def run() -> None:
-            error = None
-            try:
-                while not counter.stopped:
-                    work(todo.get_nowait())
-            except (queue.Empty, _Stopped):
-                pass
-            except BaseException as caught:
-                error, counter.stopped = caught, True
-            ended.put(error)
-
-        errors: list[BaseException | None] = []
-        try:
-            threads = min(self.remote.workers, len(items))
-            for _ in range(threads):
-                _start(run)
-            while len(errors) < threads:
-                with suppress(queue.Empty):
-                    errors.append(ended.get(timeout=1))  # not for ever: Ctrl-C would wait for it, too
-        finally:
-            counter.stopped = True
-        for error in filter(None, errors):
-            raise error
-
     def _bounded(self, work: Callable[[Any, Beat], _T], limit: float | None = None) -> _T:
-        """Give `work` the file system in a thread of its own, and wait as long as it answers or calls `beat` in time.
-
-        A call that hangs is left behind: its thread ends with the process.
+        """Give `work` the file system, and wait for it as long as `limit` (seconds; None: the remote's) allows.
 
         Raises:
-            _Failed: whatever went wrong, or took too long, is its cause.
+            CallFailed: whatever went wrong, or took too long; _Absent if it says that there is no such file.
         """
-        limit = min(self.remote.timeout if limit is None else limit, threading.TIMEOUT_MAX)
-        results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-        last = [monotonic()]
-
-        def beat() -> None:
-            last[0] = monotonic()
-
-        def run() -> None:
-            try:
-                results.put((True, work(self._file_system(), beat)))
-            except BaseException as error:
-                results.put((False, error))
-
-        outcome: tuple[bool, Any] | None = None
-        with self.stats.seconds("remote_seconds"):
-            _start(run)
-            while outcome is None:
-                left = last[0] + limit - monotonic()
-                try:
-                    outcome = results.get(timeout=max(0.0, left))
-                except queue.Empty:
-                    if left <= 0:
-                        outcome = False, TimeoutError(f"no answer for {limit:g} s")
-        done, value = outcome
-        if done:
-            return value
-        absent = isinstance(value, FileNotFoundError) and self._opened is not None  # not a file of credentials
-        kind = _Absent if absent else _Failed
-        raise kind(f"{type(value).__name__}: {one_line(value, 160)}") from value
+        try:
+            with self.stats.seconds("remote_seconds"):
+                return call_bounded(
+                    lambda beat: work(self._file_system(), beat), self.remote.timeout if limit is None else limit
+                )
+        except CallFailed as failed:
+            if isinstance(failed.__cause__, FileNotFoundError) and self._opened is not None:  # no file of credentials
+                raise _Absent(str(failed)) from failed.__cause__
+            raise
 
     @contextmanager
     def _strict(self) -> Iterator[None]:
         try:
             yield
-        except _Failed as failed:
+        except CallFailed as failed:
             self.stats.add("remote_errors")
             text = f"expected {self.remote.url} to answer, got {failed}; check it, then run it again"
             raise RemoteError(_without_user(text)) from failed.__cause__
@@ -429,10 +387,10 @@ class RemoteTier:
         """A remote that fails in the block costs one warning; it is then left alone for a while."""
         try:
             yield
-        except _Failed as failed:
+        except CallFailed as failed:
             self._down(failed)
 
-    def _down(self, failed: _Failed) -> None:
+    def _down(self, failed: CallFailed) -> None:
         self.stats.add("remote_errors")
         with self._lock:
             known = monotonic() < self._down_until  # another thread has said so
@@ -449,44 +407,12 @@ class RemoteTier:
         warnings.warn(text, RemoteWarning, stacklevel=2)
 
 
-class _Failed(Exception):
-    """The remote did not do what it was asked for, or did not answer."""
-
-
-class _Absent(_Failed):
+class _Absent(CallFailed):
     """The remote says that there is no such file."""
 
 
 class _Unusable(Exception):
     """The remote answered with something that cannot be used."""
-
-
-class _Stopped(Exception):
-    """Another file of the same entry failed, or nobody waits any more."""
-
-
-class _Bytes:
-    """Adds up bytes from several threads."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.done, self.stopped = total, 0, False
-        self._progress = progress
-        self._lock = threading.Lock()
-
-    def add(self, size: int) -> None:
-        if self.stopped:
-            raise _Stopped
-        with self._lock:
-            self.done += size
-            if self._progress is not None:
-                self._progress(self.done, self.total)
-
-
-def _start(run: Callable[[], None]) -> None:
-    try:
-        threading.Thread(target=run, daemon=True, name="compile-cache-remote").start()
-    except RuntimeError as error:  # too many, or the process is about to end
-        raise _Failed(one_line(error)) from error
 
 
 def _record(digest: str) -> str:

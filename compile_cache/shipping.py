@@ -8,12 +8,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .bounded import Progress
 from .bundle import BundleReader, BundleReport
 from .errors import DamagedEntry, RemoteWarning, one_line
 from .files import remove
 from .leases import Lease
 from .records import BadRecord, BlobRef, Record, decode_record, encode_record
-from .remote import Progress, RemoteTier
+from .remote import RemoteTier
 from .signing import PublicKey, SigningKey, refusal
 from .store import BlobStore, Damage
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 COUNTERS: Final = {
     "hits": "entries handed out that were there",
     "remote_hits": "entries handed out that the remote had",
-    "misses": "entries that were not there, by reason",
+    "misses": "entries that were not here, by reason; those that the remote had are among them",
     "builds": "entries built here",
     "build_failures": "builds that raised",
     "build_seconds": "time in build callbacks",

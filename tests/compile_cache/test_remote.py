@@ -92,15 +92,34 @@ def test_write_back_is_a_choice(place, tmp_path):
     assert contents(CompileCache(tmp_path / "second", remote=place.remote()).get(OTHER)) == files_of(KEY)
 
 
+def test_a_better_record_at_the_remote_stays(place, tmp_path):
+    """A signed one is not replaced by an unsigned one, nor one of a later format by ours."""
+    cache = filled(tmp_path / "cache", KEY, remote=place.remote())
+    signed = filled(tmp_path / "signed", KEY, remote=place.remote())
+    signed.sign(SigningKey.generate())
+    cache.push()
+    signed.push()
+    better = place.read(record_at(KEY))
+    assert b"signatures" in better
+    cache.push()
+    assert place.read(record_at(KEY)) == better
+    body = {**json.loads(better), "format": 2}
+    body.pop("checksum")
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    body["checksum"] = hashlib.sha256(canonical.encode()).hexdigest()
+    place.write(record_at(KEY), json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
+    signed.push()
+    assert b'"format": 2' in place.read(record_at(KEY))
+
+
 def test_push_and_pull_of_all(place, tmp_path):
     cache = filled(tmp_path / "cache", KEY, OTHER, THIRD, remote=place.remote())
     assert CompileCache(tmp_path / "other", remote=place.remote()).pull() == []  # nothing is there yet
     assert cache.push([KEY.digest]) == 1 and record_at(OTHER) not in place.files()
     assert cache.push() == 3
     sent = cache.stats.pushed_bytes
-    assert sent == sum(len(place.read(path)) for path in place.files()) + len(place.read(record_at(KEY)))
-    assert cache.push() == 3
-    assert cache.stats.pushed_bytes == sent + sum(len(place.read(record_at(key))) for key in (KEY, OTHER, THIRD))
+    assert sent == sum(len(place.read(path)) for path in place.files())
+    assert cache.push() == 3 and cache.stats.pushed_bytes == sent  # nothing again
     other = CompileCache(tmp_path / "other", remote=place.remote())
     with warned():
         assert other.pull([KEY.digest]) == [KEY.digest]
