@@ -77,7 +77,7 @@ def held_alone(path: Path) -> Iterator[bool]:
 @contextmanager
 def locked(path: Path, *, shared: bool) -> Iterator[None]:
     """Hold a lock file, waiting for it: any number of shared holders, or one alone."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)

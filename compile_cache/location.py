@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .errors import CacheLocationError, PermissionsWarning, one_line
 
+_LAYOUT = ("v1", *(f"v1/{name}" for name in ("actions", "blobs", "tmp", "locks", "damaged", "used", "pins")))
+
 
 def checked_location(location: str | os.PathLike[str], *, signed: bool) -> Path:
     """Return the absolute path of a cache.
@@ -21,7 +23,8 @@ def checked_location(location: str | os.PathLike[str], *, signed: bool) -> Path:
         PermissionsWarning: if other users may write there and entries are not signed.
 
     Raises:
-        CacheLocationError: if it is empty, is a file, or lies below a file.
+        CacheLocationError: if it is empty, is a file, or lies below a file; or if a directory of its layout is a
+            symbolic link, so that files would be written, moved and removed elsewhere.
     """
     text = os.fspath(location)
     if not isinstance(text, str) or not text or "\0" in text:
@@ -38,30 +41,43 @@ def checked_location(location: str | os.PathLike[str], *, signed: bool) -> Path:
         except OSError as error:
             got = one_line(error.strerror or error)
             raise CacheLocationError(f"expected a usable path, got {path}: {got}; give another location") from error
-    if not signed:
-        _warn_of_writers(path)
-    return path
-
-
-def _warn_of_writers(path: Path) -> None:
-    for place in (path, path / "v1"):
-        try:
-            status = place.stat()
-        except OSError:
-            return
-        mode = stat.S_IMODE(status.st_mode)
-        if mode & (stat.S_IWGRP | stat.S_IWOTH):
-            got, advice = f"mode {mode:o}", f"chmod go-w {place}, or use a new directory below it"
-        elif status.st_uid not in (os.geteuid(), 0):
-            got, advice = f"one of user {status.st_uid}", "use a directory of your own"
-        elif mode & (stat.S_IXGRP | stat.S_IXOTH):
-            continue
-        else:  # nobody else can enter it
-            return
+    for place in (path / name for name in _LAYOUT):
+        if os.path.islink(place):
+            raise CacheLocationError(f"expected a directory, got the symbolic link {place}; remove it")
+    if not signed and (found := _other_writers(path)) is not None:
+        place, got, advice = found
         warnings.warn(
             f"expected a cache that only its owner can write (mode 700) at {place}, got {got}: whoever can write there "
             f"chooses the code that runs here; {advice}, or load signed entries only (trust=)",
             PermissionsWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
-        return
+    return path
+
+
+def _other_writers(path: Path) -> tuple[Path, str, str] | None:
+    """A directory that lets other users choose what is loaded, what is wrong with it, and what to do."""
+    for place in dict.fromkeys((*path.parents, *Path(os.path.realpath(path)).parents)):
+        mode = _mode(place)
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:  # whatever lies in it can be replaced as a whole
+            return place, f"mode {mode:o}", f"chmod o-w {place}"
+    for place in (path, *(path / name for name in _LAYOUT[:4])):
+        try:
+            status = place.stat()
+        except OSError:
+            return None
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return place, f"mode {mode:o}", f"chmod go-w {place}"
+        if status.st_uid not in (os.geteuid(), 0):
+            return place, f"one of user {status.st_uid}", "use a directory of your own"
+        if not mode & (stat.S_IXGRP | stat.S_IXOTH):  # nobody else can enter it
+            return None
+    return None
+
+
+def _mode(place: Path) -> int:
+    try:
+        return stat.S_IMODE(place.stat().st_mode)
+    except OSError:
+        return 0

@@ -15,16 +15,23 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Final, NoReturn
 
-from .errors import UnstableFactor, one_line
-from .keys import JSON, CacheKey, canonical_json
+from .errors import BuildFailed, UnstableFactor, one_line
+from .keys import JSON, CacheKey, canonical_json, plain_json
 
 RECORD_FORMAT: Final = 1
 SIGNED_PREFIX: Final = b"compile_cache manifest v1\n"
+MAX_RECORD: Final = 4 << 20
+"""Bytes of a record at most, so that a hostile one costs little memory and time: some twenty thousand files."""
 _FIELDS: Final = {"format", "key", "factors", "files", "notes", "created", "checksum"}
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
+_CREATED: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[-+.:0-9Z]{5,30}")
+_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # would break a message into lines, or hide in it
+_MAX_NAME, _MAX_PART = 1024, 255  # bytes; what file systems take
+_MAX_SIZE: Final = 1 << 60
 
 
 class BadRecord(Exception):
@@ -102,18 +109,34 @@ def is_sha256(text: object) -> bool:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether ``name`` is a relative POSIX path that stays inside its directory on every system."""
-    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+    """Whether ``name`` is a relative POSIX path that stays inside its directory, without control characters."""
+    if not isinstance(name, str) or not name or "\\" in name or _CONTROL.search(name):
         return False
     try:
-        name.encode("utf-8")
+        encoded = name.encode("utf-8")
     except UnicodeEncodeError:  # bytes on disk that are not UTF-8
         return False
-    return all(part not in ("", ".", "..") for part in name.split("/"))
+    return len(encoded) <= _MAX_NAME and all(
+        part not in (b"", b".", b"..") and len(part) <= _MAX_PART for part in encoded.split(b"/")
+    )
 
 
 def encode_record(record: Record) -> bytes:
-    """Return the text of a record: JSON with an indent of 1, sorted names, ASCII, a line feed at the end."""
+    """Return the text of a record: JSON with an indent of 1, sorted names, ASCII, a line feed at the end.
+
+    Raises:
+        BuildFailed: if it is longer than any reader accepts.
+    """
+    data = _text(record)
+    if len(data) > MAX_RECORD:
+        raise BuildFailed(
+            f"expected a record of at most {MAX_RECORD} bytes for {record.digest[:12]}, got {len(data)}; "
+            "store fewer files or shorter notes"
+        )
+    return data
+
+
+def _text(record: Record) -> bytes:
     body = _body(record)
     if record.signatures:
         body["signatures"] = {signature.key: signature.value for signature in record.signatures}
@@ -143,12 +166,15 @@ def decode_record(data: bytes, digest: str) -> Record:
         ForeignRecord: if it is whole, and of another format.
         BadRecord: if any byte is not what :func:`encode_record` wrote for that key.
     """
+    if len(data) > MAX_RECORD:
+        raise BadRecord(f"longer than the {MAX_RECORD} bytes that a record may have")
     try:
         body = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not a JSON record ({one_line(error, 80)})") from error
     if not isinstance(body, dict) or not {"format", "checksum"} <= set(body):
-        raise BadRecord(f"not the fields of a record ({one_line(sorted(body) if body else body, 80)})")
+        got = sorted(body) if isinstance(body, dict) else type(body).__name__
+        raise BadRecord(f"not the fields of a record ({one_line(got, 80)})")
     try:
         checksum = hashlib.sha256(canonical_json(_without_checksum(body)).encode("ascii")).hexdigest()
     except (ValueError, RecursionError) as error:
@@ -157,13 +183,14 @@ def decode_record(data: bytes, digest: str) -> Record:
         raise BadRecord("its checksum does not match its fields")
     version = body["format"]
     if type(version) is not int or version < RECORD_FORMAT:
-        raise BadRecord(f"record format {one_line(version, 40)}, which no version writes")
+        shown = version if isinstance(version, int | float) else type(version).__name__
+        raise BadRecord(f"record format {one_line(shown, 40)}, which no version writes")
     if version != RECORD_FORMAT:
         raise ForeignRecord(f"record format {one_line(version, 40)}, this version reads format {RECORD_FORMAT}")
     if set(body) - {"signatures"} != _FIELDS:
         raise BadRecord(f"not the fields of a record ({one_line(sorted(body), 80)})")
     record = _checked(body, digest)
-    if encode_record(record) != data:
+    if _text(record) != data:
         raise BadRecord("its bytes are not the ones that were written")
     return record
 
@@ -197,15 +224,21 @@ def _checked(body: dict[str, object], digest: str) -> Record:
     factors, files, notes, created = (body[name] for name in ("factors", "files", "notes", "created"))
     if not isinstance(factors, dict) or not isinstance(notes, dict) or not isinstance(created, str):
         raise BadRecord("its fields have the wrong types")
+    if not _CREATED.fullmatch(created):
+        raise BadRecord(f"its time {one_line(ascii(created), 60)} is none")
     if not isinstance(files, dict) or not files:
         raise BadRecord("it names no files")
     try:
         named_by_factors = CacheKey(factors).digest
+        plain_json(notes, "notes")  # so deep at most that everybody can write it again
     except UnstableFactor as error:
         raise BadRecord(one_line(error, 120)) from error
     if body["key"] != digest or named_by_factors != digest:
         raise BadRecord("it belongs to another key than the one it is named after")
     refs = {name: _blob_ref(name, ref) for name, ref in files.items()}
+    for name in refs:
+        if any(str(parent) in refs for parent in PurePosixPath(name).parents):
+            raise BadRecord(f"its file {one_line(ascii(name), 60)} lies below another file")
     return Record(digest, factors, refs, notes, created, _signatures(body.get("signatures", {})))
 
 
@@ -221,6 +254,6 @@ def _blob_ref(name: str, ref: object) -> BlobRef:
     if not is_file_name(name) or not isinstance(ref, dict) or set(ref) != {"sha256", "size"}:
         raise BadRecord(f"its file {one_line(ascii(name), 60)} is not well described")
     sha256, size = ref["sha256"], ref["size"]
-    if not is_sha256(sha256) or type(size) is not int or size < 0:
+    if not is_sha256(sha256) or type(size) is not int or not 0 <= size <= _MAX_SIZE:
         raise BadRecord(f"its file {one_line(ascii(name), 60)} is not well described")
     return BlobRef(sha256, size)

@@ -13,7 +13,7 @@ from .bundle import BundleReader, BundleReport
 from .errors import DamagedEntry, RemoteWarning, one_line
 from .files import remove
 from .leases import Lease
-from .records import BadRecord, BlobRef, Record, decode_record, encode_record
+from .records import BadRecord, BlobRef, Record, decode_record, encode_record, is_sha256
 from .remote import RemoteTier
 from .signing import PublicKey, SigningKey, refusal
 from .store import BlobStore, Damage
@@ -24,6 +24,9 @@ def sign_entries(store: BlobStore, key: SigningKey, digests: Iterable[str] | Non
     store.prepare(sweep=False)
     signed = 0
     for digest in list(store.digests() if digests is None else digests):
+        if not is_sha256(digest):  # it names a lock file
+            got = one_line(ascii(digest), 80)
+            raise DamagedEntry(f"expected the 64 hexadecimal digits of an entry, got {got}; list the entries with ls")
         with FileLock(store.locks / f"{digest}.lock"):  # a builder may be about to replace it
             record, lease = _checked(store, digest)
             mine = [signature for signature in record.signatures if signature.key == key.public.hex]
@@ -40,19 +43,19 @@ def import_records(
 ) -> BundleReport:
     """See :meth:`compile_cache.CompileCache.import_bundle`."""
     store.prepare(sweep=False)
-    kept = tuple(digest for digest in reader.records if is_sound(digest))
-    records = [record for digest, record in reader.records.items() if digest not in kept]
-    refs = {ref for record in records for ref in record.files.values()}
+    kept = tuple(digest for digest in reader.digests if is_sound(digest))
+    new = sorted(set(reader.digests).difference(kept))
+    refs = {ref for digest in new for ref in reader.record(digest).files.values()}
     paths = reader.unpack(refs, lambda: store.new_temporary("import"), progress)
     try:
         with store.publishing():
-            for record in records:
-                _publish(store, record, paths)
+            for digest in new:
+                _publish(store, reader.record(digest), paths)
     finally:
         for path in paths.values():
             remove(path)
     size = sum(ref.size for ref in refs)
-    return BundleReport(tuple(record.digest for record in records), kept, size, reader.bundle.stat().st_size)
+    return BundleReport(tuple(new), kept, size, reader.bundle.stat().st_size)
 
 
 def pull(

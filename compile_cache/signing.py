@@ -18,7 +18,13 @@ from .errors import TrustError, one_line
 from .records import Record, Signature
 
 _PREFIX: Final = "ed25519:"
+_MAX_FILE: Final = 1 << 16  # bytes that are read of a private key
 _KEY: Final = re.compile(r"ed25519:[0-9a-f]{64}")
+_FIELD: Final = 2**255 - 19
+_EIGHTH: Final = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+# The y of the eight points whose order divides 8. Under a key that is one of them, anybody can sign: a placeholder of
+# zeros is such a key.
+_LOW_ORDER: Final = {0, 1, _FIELD - 1, _EIGHTH, _FIELD - _EIGHTH}
 
 
 @dataclass(frozen=True, order=True)
@@ -26,24 +32,33 @@ class PublicKey:
     """A key that signatures are checked with.
 
     Attributes:
-        hex: its 32 bytes as 64 hexadecimal digits.
+        hex: its 32 bytes as 64 lower-case hexadecimal digits.
     """
 
     hex: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hex", self.hex.lower())
 
     @classmethod
     def parse(cls, text: str) -> PublicKey:
         """Return the key that ``ed25519:...`` names.
 
         Raises:
-            TrustError: if the text is no such key.
+            TrustError: if the text is no such key, or one under which anybody can sign.
         """
         if not isinstance(text, str) or not _KEY.fullmatch(text.strip().lower()):
-            raise TrustError(
-                f"expected a public key, ed25519: and 64 hexadecimal digits, got {one_line(repr(text), 90)}; "
+            raise TrustError(  # shows little: it may be a private key, by mistake
+                f"expected a public key, ed25519: and 64 hexadecimal digits, got {one_line(repr(text), 30)}; "
                 "compile-cache keygen prints one"
             )
-        return cls(text.strip().lower().removeprefix(_PREFIX))
+        key = cls(text.strip().lower().removeprefix(_PREFIX))
+        if (int.from_bytes(bytes.fromhex(key.hex), "little") & (2**255 - 1)) % _FIELD in _LOW_ORDER:
+            raise TrustError(
+                f"expected a public key that somebody holds the private half of, got {key.short}, "
+                "under which anybody can sign; compile-cache keygen makes one"
+            )
+        return key
 
     @property
     def short(self) -> str:
@@ -88,10 +103,11 @@ class SigningKey:
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
         try:
-            mode = os.stat(path).st_mode
-            data = Path(path).read_bytes()
-        except OSError as error:
-            got = one_line(error.strerror)
+            with open(path, "rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                data = file.read(_MAX_FILE)
+        except (OSError, ValueError) as error:
+            got = one_line(getattr(error, "strerror", error))
             raise TrustError(f"expected a signing key at {path}, got {got}; make one with keygen") from error
         if mode & 0o077:
             got = f"{mode & 0o777:o}"
@@ -109,18 +125,20 @@ class SigningKey:
         """Write the key as PEM (PKCS 8), readable by its owner only.
 
         Raises:
-            TrustError: if the file exists: a key that is overwritten is lost.
+            TrustError: if the file exists (a key that is overwritten is lost) or cannot be written.
         """
         _ed25519()
         from cryptography.hazmat.primitives import serialization as forms
 
         data = self._private.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.PKCS8, forms.NoEncryption())
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                file.write(data)
         except FileExistsError as error:
             raise TrustError(f"expected a new file for the key, got {path}, which exists; give another name") from error
-        with open(descriptor, "wb") as file:
-            file.write(data)
+        except (OSError, ValueError) as error:
+            got = one_line(getattr(error, "strerror", error))
+            raise TrustError(f"expected to write a key to {path}, got {got}; give another name") from error
 
     @property
     def public(self) -> PublicKey:
@@ -151,12 +169,10 @@ def public_keys(trust: Keys) -> frozenset[PublicKey]:
     several = [trust] if isinstance(trust, str | PublicKey | os.PathLike) else list(trust)
     found: set[PublicKey] = set()
     for item in several:
-        if isinstance(item, PublicKey):
-            found.add(item)
-        elif isinstance(item, os.PathLike):
+        if isinstance(item, os.PathLike):
             found.update(_keys_of_file(Path(item)))
         else:
-            found.add(PublicKey.parse(item))
+            found.add(PublicKey.parse(str(item) if isinstance(item, PublicKey) else item))
     if not found:
         raise TrustError("trust: expected at least one public key, got none; leave trust out to load unsigned entries")
     _ed25519()  # told now, not at the first request
@@ -185,7 +201,7 @@ def _some(keys: Iterable[PublicKey]) -> str:
 def _keys_of_file(path: Path) -> list[PublicKey]:
     try:
         lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         got = one_line(error, 120)
         raise TrustError(f"expected a file of public keys at {path}, got {got}; give its path") from error
     return [PublicKey.parse(line) for line in map(str.strip, lines) if line and not line.startswith("#")]

@@ -72,7 +72,7 @@ class Usage:
             OSError: if that cannot be written.
         """
         self._pins.mkdir(parents=True, exist_ok=True)
-        (self._pins / digest).touch()
+        os.close(self._open(self._pins / digest))
 
     def unpin(self, digest: str) -> None:
         """Leave the entry to the limits again.
@@ -91,7 +91,9 @@ class Usage:
 
     @staticmethod
     def _open(path: Path) -> int:
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # Whoever can write here may have put a link to another file, or a pipe that would wait for a reader.
+        safely = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | safely, 0o666)
 
 
 def age(moment: float) -> float:
