@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from .bounded import Progress
-from .errors import BundleError, DamagedEntry, one_line
+from .errors import BundleError, DamagedEntry, TrustError, one_line
 from .files import hash_file, remove, rename, sync_directory
 from .records import MAX_RECORD, BadRecord, BlobRef, Record, decode_record, encode_record
 from .signing import PublicKey, SigningKey, refusal
@@ -73,6 +73,7 @@ def write_bundle(
     digests: Iterable[str],
     bundle: Path,
     *,
+    trust: frozenset[PublicKey] | None = None,
     sign_with: SigningKey | None = None,
     progress: Progress | None = None,
 ) -> BundleReport:
@@ -82,11 +83,13 @@ def write_bundle(
         store: where they lie.
         digests: which.
         bundle: the file; one that is there is replaced.
+        trust: keys, one of which has to have signed each of them; None: signatures are not looked at.
         sign_with: signs the records in the bundle.
         progress: told of (bytes done, bytes in all).
 
     Raises:
         DamagedEntry: one of them is missing or damaged.
+        TrustError: no trusted key signed one of them.
         BundleError: they are more than one bundle holds.
         OSError: the file cannot be written.
     """
@@ -100,6 +103,8 @@ def write_bundle(
             raise _damaged(digest, "nothing there")
         record, _, lease = stored
         leases.append(lease)  # held until the bundle is whole
+        if trust is not None and (reason := refusal(record, trust)) is not None:
+            raise TrustError(f"expected entry {digest[:12]} signed by a trusted key, got: {reason}; leave it out")
         records[digest] = sign_with.sign(record) if sign_with else record
     blobs = {ref.sha256: (ref, digest) for digest, record in records.items() for ref in record.files.values()}
     total, done = sum(ref.size for ref, _ in blobs.values()), 0

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
@@ -28,7 +28,7 @@ from .errors import (
 )
 from .files import hash_file, remove, write_synced
 from .keys import JSON, CacheKey, plain_json
-from .leases import busy_directory
+from .leases import Lease, busy_directory
 from .limits import Judge, Limits, PruneReport, empty, foreign_to, remove_entries
 from .reader import LOG, CacheReader
 from .records import BlobRef, Record, encode_record, is_file_name, is_sha256
@@ -96,7 +96,7 @@ class CompileCache(CacheReader):
         sign_with: SigningKey | None = None,
         remote: Remote | str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(location, read_only=read_only, trust=trust)
+        super().__init__(location, read_only=read_only, trust=trust, signs=sign_with is not None)
         self.limits = Limits(max_bytes, max_age)
         if sign_with is not None and self._trust is not None and sign_with.public not in self._trust:
             raise TrustError(
@@ -193,9 +193,10 @@ class CompileCache(CacheReader):
                 return self._hit(found, "hits")
             directory = self._store.new_temporary("build")
             try:
-                with self._store.writing("a build directory"):
-                    directory.mkdir()
-                with busy_directory(directory):
+                with ExitStack() as busy:
+                    with self._store.writing("a build directory"):
+                        directory.mkdir()
+                        busy.enter_context(busy_directory(directory))
                     return self._store_built(key, directory, self._run(build, directory))
             finally:
                 remove(directory)
@@ -208,8 +209,11 @@ class CompileCache(CacheReader):
         Raises:
             CacheWriteError: if the record cannot be stored.
             DamagedEntry: if the files of ``entry`` are not all in this cache with their right size.
+            TrustError: if the cache has ``trust``, and ``entry`` is not one of its trusted entries.
         """
         self.require_writable()
+        if self._trust is not None:
+            self._require_trusted(entry)
         return self._publish(key, dict(entry.files), entry.notes, {}, entry)
 
     def sign(self, key: SigningKey, digests: Iterable[str] | None = None) -> int:
@@ -242,8 +246,11 @@ class CompileCache(CacheReader):
             CacheWriteError: if that cannot be noted.
         """
         self._require_not_read_only()
+        digest = _digest(key)
         with self._store.writing("a pin"):
-            self._store.usage.pin(_digest(key))
+            self._store.prepare(sweep=False)
+            with self._store.publishing():  # a removal that is under way has looked at the pins already
+                self._store.usage.pin(digest)
 
     def unpin(self, key: CacheKey | str) -> None:
         """Leave an entry to the limits again.
@@ -312,13 +319,15 @@ class CompileCache(CacheReader):
 
         Raises:
             DamagedEntry: if an entry is missing or damaged; no bundle is written then.
+            TrustError: if the cache has ``trust``, and no trusted key signed an entry.
             BundleError: if there is nothing to write.
             OSError: if the file cannot be written.
         """
         chosen = list(self.digests() if digests is None else digests)
         if not chosen:
             raise BundleError(f"expected entries to export, got none in {self.location}; fill the cache first")
-        return write_bundle(self._store, chosen, Path(bundle), sign_with=sign_with, progress=progress)
+        target = Path(bundle)
+        return write_bundle(self._store, chosen, target, trust=self._trust, sign_with=sign_with, progress=progress)
 
     def import_bundle(
         self,
@@ -447,8 +456,8 @@ class CompileCache(CacheReader):
             if linked is not None:
                 self._require_files(linked)
             self._store.publish(record, built)
-            stored = self._store.read_record(record.digest)  # nothing removes it before it is in use
-        entry = Entry.of(record, self._store, None if stored is None else stored[2])
+            lease = self._lease(record.digest)  # nothing removes it before it is in use
+        entry = Entry.of(record, self._store, lease)
         size = entry.size if built else 0
         self.stats.add("written_bytes", size)
         LOG.info(
@@ -459,6 +468,21 @@ class CompileCache(CacheReader):
             self._remote.push(record.digest, encode_record(record), blobs)
         self._stored(size)
         return entry
+
+    def _lease(self, digest: str) -> Lease | None:
+        try:
+            stored = self._store.read_record(digest)
+        except Damage:  # stored, and cannot be read just now
+            return None
+        return None if stored is None else stored[2]
+
+    def _require_trusted(self, entry: Entry) -> None:
+        found = self._look(entry.digest)
+        if not isinstance(found, Entry) or (found.files, found.notes) != (entry.files, entry.notes):
+            raise TrustError(
+                f"expected an entry of {self.location} that a trusted key signed, got {entry.digest[:12]}; "
+                "get it from this cache"
+            )
 
     def _require_files(self, entry: Entry) -> None:
         for name, ref in entry.files.items():
@@ -498,7 +522,11 @@ class CompileCache(CacheReader):
         self._held += size
         over = self.limits.max_bytes is not None and self._held > self.limits.max_bytes
         if not self._surveyed or over or monotonic() - self._surveyed > _SURVEY_EVERY:
-            self._remove(self.limits, lambda record: None)
+            try:
+                self._remove(self.limits, lambda record: None)
+            except CacheWriteError as error:  # the entry is stored, and is worth more than the limit
+                self._surveyed, self._held = monotonic(), 0
+                LOG.warning("limits not applied: %s", error, extra={"event": "limits_failed"})
 
     def _remove(self, limits: Limits, judge: Judge, *, dry_run: bool = False, **options: Any) -> PruneReport:
         if not dry_run:

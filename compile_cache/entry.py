@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from .errors import DamagedEntry, one_line
+from .files import again_if_stale, read_at_most
 from .keys import JSON, CacheKey, FactorDifference
 from .leases import Lease
 from .records import BlobRef, Record
@@ -51,7 +53,9 @@ class Entry:
     def of(cls, record: Record, store: BlobStore, lease: Lease | None = None) -> Entry:
         """Return the entry of a record that was checked; it is in use as long as the lease lives."""
         use = store.usage.of(record.digest)
-        last = None if use.last is None else datetime.fromtimestamp(use.last, UTC).isoformat(timespec="seconds")
+        last = None
+        with suppress(ValueError, OverflowError, OSError):  # a file time that no calendar has
+            last = None if use.last is None else datetime.fromtimestamp(use.last, UTC).isoformat(timespec="seconds")
         signers = tuple(str(PublicKey(signature.key)) for signature in record.signatures)
         pinned = store.usage.is_pinned(record.digest)
         facts = record.digest, record.factors, record.files, record.notes, record.created, store.location
@@ -92,10 +96,12 @@ class Entry:
         ref = self.files[name]
         path = BlobStore(self.location).blob_path(ref.sha256)
         try:
-            data = path.read_bytes()
+            size, data = again_if_stale(lambda: read_at_most(path, ref.size))
         except OSError as error:
             raise self._damaged(name, one_line(error.strerror or error)) from error
-        if len(data) != ref.size or BlobRef.of(data) != ref:
+        if size != ref.size:
+            raise self._damaged(name, f"{size} bytes")
+        if BlobRef.of(data) != ref:
             raise self._damaged(name, f"{len(data)} other bytes")
         return data
 

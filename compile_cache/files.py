@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -26,6 +27,30 @@ def identity_of(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file to read it.
+
+    Raises:
+        OSError: if it cannot be read, or is a pipe or a device: these are never waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_at_most(path: Path, limit: int) -> tuple[int, bytes]:
+    """The size of a file, and its bytes if they are not more than ``limit``.
+
+    Raises:
+        OSError: as :func:`open_regular`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        return size, file.read(limit) if size <= limit else b""
+
+
 def hash_file(path: Path, *, sync: bool = False) -> tuple[BlobRef, Identity]:
     """Return the SHA-256 and size of a file as read now; with ``sync``, flush it to the disk as well.
 
@@ -33,7 +58,7 @@ def hash_file(path: Path, *, sync: bool = False) -> tuple[BlobRef, Identity]:
         OSError: if it cannot be read or flushed.
     """
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)

@@ -18,7 +18,7 @@ from .errors import UnstableFactor
 from .files import Identity, identity_of
 from .keys import JSON, CacheKey
 from .leases import held_alone
-from .records import BlobRef, ForeignRecord, Record, is_sha256
+from .records import BadRecord, BlobRef, ForeignRecord, Record, decode_record, is_sha256
 from .store import BlobStore
 from .usage import age
 
@@ -200,8 +200,9 @@ class _Removing:
         self.store, self.survey, self.dry_run = store, survey, dry_run
         self.removed: list[Removal] = []
         self.in_use: list[str] = []
-        self.stored = {path.name: path.stat().st_size for path in _blobs(store)}
+        self.stored = dict(_blobs(store))
         self.holders = Counter(ref.sha256 for item in survey.items.values() for ref in item.refs)
+        self.held = self._held()
         self.bytes = sum(self.stored.values()) + sum(item.size for item in survey.items.values())  # what is left
 
     def run(self, limits: Limits, pinned_too: bool) -> PruneReport:
@@ -227,7 +228,7 @@ class _Removing:
 
     def _remove(self, item: _Item, reason: str, pinned_too: bool = False) -> None:
         path = self.store.record_path(item.digest)
-        if item.pinned and not pinned_too:
+        if (item.pinned and not pinned_too) or item.digest in self.held:
             self.in_use.append(item.digest)
             return
         with held_alone(path) as free:
@@ -235,7 +236,7 @@ class _Removing:
                 self.in_use.append(item.digest)
                 return
             if not self.dry_run:
-                path.unlink()
+                path.unlink(missing_ok=True)  # a reader may have set it aside as damaged
         freed = item.size
         self.bytes -= item.size
         del self.survey.items[item.digest]
@@ -246,6 +247,26 @@ class _Removing:
             if self.holders[ref.sha256] <= 0 and not self.survey.unknown:
                 freed += self._remove_blob(ref.sha256)
         self.removed.append(Removal(item.digest, reason, freed))
+
+    def _held(self) -> set[str]:
+        """Digests of entries whose record was replaced while some process held them; their blobs have a holder."""
+        digests = set()
+        for path in sorted(self.store.held.glob("*.*")):
+            with held_alone(path) as free:
+                if free and not self.dry_run:
+                    path.unlink(missing_ok=True)
+            if free:
+                continue
+            try:
+                record = decode_record(path.read_bytes(), path.stem)
+            except FileNotFoundError:
+                continue
+            except (BadRecord, OSError):
+                self.survey.unknown.append(path)
+                continue
+            self.holders.update({ref.sha256 for ref in record.files.values()})
+            digests.add(path.stem)
+        return digests
 
     def _remove_orphans(self) -> tuple[int, int]:
         """Blobs that no record names: what a process left that was killed while it stored or removed an entry."""
@@ -304,5 +325,9 @@ def _without(factors: Mapping[str, JSON], names: Sequence[str]) -> dict[str, JSO
     return rest
 
 
-def _blobs(store: BlobStore) -> Iterator[Path]:
-    return (path for path in store.blobs.glob("??/*") if is_sha256(path.name) and path.is_file())
+def _blobs(store: BlobStore) -> Iterator[tuple[str, int]]:
+    """The names and sizes of all blobs."""
+    for path in store.blobs.glob("??/*"):
+        with suppress(FileNotFoundError):  # a reader set it aside as damaged
+            if is_sha256(path.name) and path.is_file():
+                yield path.name, path.stat().st_size

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import CacheLocationError, PermissionsWarning, one_line
 
-_LAYOUT = ("v1", *(f"v1/{name}" for name in ("actions", "blobs", "tmp", "locks", "damaged", "used", "pins")))
+_LAYOUT = ("v1", *(f"v1/{name}" for name in ("actions", "blobs", "tmp", "locks", "damaged", "used", "pins", "held")))
 
 
 def checked_location(location: str | os.PathLike[str], *, signed: bool) -> Path:
@@ -32,15 +32,15 @@ def checked_location(location: str | os.PathLike[str], *, signed: bool) -> Path:
     path = Path(os.path.abspath(text))
     for place in (path, *path.parents):
         try:
-            if place.is_dir():
-                break
-            if place.exists():
-                raise CacheLocationError(
-                    f"expected a directory, got the file {place}; give another location for the cache"
-                )
+            mode = place.stat().st_mode  # asked once: another process may create the directory now
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except OSError as error:
             got = one_line(error.strerror or error)
             raise CacheLocationError(f"expected a usable path, got {path}: {got}; give another location") from error
+        if stat.S_ISDIR(mode):
+            break
+        raise CacheLocationError(f"expected a directory, got the file {place}; give another location for the cache")
     for place in (path / name for name in _LAYOUT):
         if os.path.islink(place):
             raise CacheLocationError(f"expected a directory, got the symbolic link {place}; remove it")

@@ -43,9 +43,17 @@ class Fault:
 class CacheReader:
     """What a cache can do without writing an entry; see :class:`compile_cache.CompileCache`."""
 
-    def __init__(self, location: str | os.PathLike[str], *, read_only: bool = False, trust: Keys | None = None) -> None:
+    def __init__(
+        self,
+        location: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        trust: Keys | None = None,
+        signs: bool = False,
+    ) -> None:
         self._trust = None if trust is None else public_keys(trust)
-        self._store = BlobStore(checked_location(location, signed=self._trust is not None))
+        signed = self._trust is not None and not signs  # who signs vouches for what others could put into a build
+        self._store = BlobStore(checked_location(location, signed=signed))
         self._read_only = read_only
         self.stats = CacheStats()
 
@@ -176,7 +184,8 @@ class CacheReader:
             try:
                 self._store.check_blob(ref, contents=contents)
             except Damage as found:
-                return self._fault(found, (self._store.record_path(digest), identity))
+                record_file = (self._store.record_path(digest), identity)
+                return self._fault(found, *(() if found.unreadable else (record_file,)))
         return Entry.of(record, self._store, lease)
 
     def _fault(self, found: Damage, *record: tuple[Path, Identity]) -> Fault:

@@ -22,12 +22,11 @@ from typing import Any, Final, TypeVar
 from .bounded import Beat, ByteCount, CallFailed, Progress, call_bounded, side_by_side
 from .errors import RemoteError, RemoteWarning, one_line
 from .files import hash_file, remove
-from .records import BadRecord, BlobRef, ForeignRecord, decode_record, is_sha256
+from .records import MAX_RECORD, BadRecord, BlobRef, ForeignRecord, decode_record, is_sha256
 from .stats import CacheStats
 
 LOG: Final = logging.getLogger("compile_cache.remote")
 CHUNK: Final = 4 << 20  # bytes asked for at a time
-MAX_RECORD: Final = 16 << 20  # bytes; a longer file is no record
 _USER: Final = re.compile(r"://[^/\s]*@")  # user and password in a URL
 
 _T = TypeVar("_T")
@@ -121,7 +120,7 @@ class RemoteTier:
             return None
         with self._strict() if strict else self._forgiving():
             try:
-                return self._read(_record(digest), 0, MAX_RECORD)
+                return self._read(_record(digest), 0, MAX_RECORD + 1)
             except _Absent:
                 self.leave(digest)
             except _Unusable as problem:
@@ -253,7 +252,7 @@ class RemoteTier:
         """Whether a record is to replace what the remote has: not one that says the same, of a later version of this
         package, or with signatures that this one lacks."""
         try:
-            there = self._read(_record(digest), 0, MAX_RECORD)
+            there = self._read(_record(digest), 0, MAX_RECORD + 1)
         except (_Absent, _Unusable):
             return True
         try:
@@ -267,7 +266,7 @@ class RemoteTier:
     # ---- inside --------------------------------------------------------------------------------------------------
 
     def _download(self, ref: BlobRef, part: Path, deadline: float, counter: ByteCount) -> None:
-        with open(part, "ab") as file:
+        with open(part, "ab", opener=_no_link) as file:
             if file.tell() > ref.size:
                 file.truncate(0)
                 file.seek(0)
@@ -413,6 +412,11 @@ class _Absent(CallFailed):
 
 class _Unusable(Exception):
     """The remote answered with something that cannot be used."""
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Nothing is written through a link, or into a pipe, that somebody put into ``tmp``."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _record(digest: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ from .bounded import Progress
 from .bundle import BundleReader, BundleReport
 from .errors import DamagedEntry, RemoteWarning, one_line
 from .files import remove
-from .leases import Lease
+from .leases import Lease, busy_directory
 from .records import BadRecord, BlobRef, Record, decode_record, encode_record, is_sha256
 from .remote import RemoteTier
 from .signing import PublicKey, SigningKey, refusal
@@ -27,14 +29,13 @@ def sign_entries(store: BlobStore, key: SigningKey, digests: Iterable[str] | Non
         if not is_sha256(digest):  # it names a lock file
             got = one_line(ascii(digest), 80)
             raise DamagedEntry(f"expected the 64 hexadecimal digits of an entry, got {got}; list the entries with ls")
-        with FileLock(store.locks / f"{digest}.lock"):  # a builder may be about to replace it
+        with FileLock(store.locks / f"{digest}.lock"), store.publishing():  # nobody builds it anew, or removes it
             record, lease = _checked(store, digest)
+            lease.release()
             mine = [signature for signature in record.signatures if signature.key == key.public.hex]
             if not any(key.public.verifies(record, signature) for signature in mine):
-                with store.publishing():
-                    store.publish(key.sign(record), {})
+                store.publish(key.sign(record), {})
                 signed += 1
-            lease.release()
     return signed
 
 
@@ -46,14 +47,16 @@ def import_records(
     kept = tuple(digest for digest in reader.digests if is_sound(digest))
     new = sorted(set(reader.digests).difference(kept))
     refs = {ref for digest in new for ref in reader.record(digest).files.values()}
-    paths = reader.unpack(refs, lambda: store.new_temporary("import"), progress)
+    directory = store.new_temporary("import")
     try:
-        with store.publishing():
-            for digest in new:
-                _publish(store, reader.record(digest), paths)
+        directory.mkdir()
+        with busy_directory(directory):
+            paths = reader.unpack(refs, lambda: directory / uuid.uuid4().hex, progress)
+            with store.publishing():
+                for digest in new:
+                    _publish(store, reader.record(digest), paths)
     finally:
-        for path in paths.values():
-            remove(path)
+        remove(directory)
     size = sum(ref.size for ref in refs)
     return BundleReport(tuple(new), kept, size, reader.bundle.stat().st_size)
 
@@ -164,6 +167,9 @@ def _publish(store: BlobStore, record: Record, paths: Mapping[str, Path]) -> Non
     for name, ref in record.files.items():
         names.setdefault(ref.sha256, name)
     built = {name: paths[sha256] for sha256, name in names.items() if sha256 in paths and paths[sha256].exists()}
+    for name, ref in record.files.items():  # moved for an earlier record, or swept away because a clock jumped
+        if names[ref.sha256] not in built and not _is_stored(store, ref, contents=False):
+            raise FileNotFoundError(errno.ENOENT, f"no unpacked file for {one_line(ascii(name), 60)}")
     store.publish(record, built)
 
 

@@ -8,6 +8,7 @@
     <location>/v1/locks/store                   held by all who publish together, or by one who removes
     <location>/v1/used/ab/<key digest>          a byte per use; its modification time is the last one
     <location>/v1/pins/<key digest>             the entry is kept whatever the limits say
+    <location>/v1/held/<key digest>.<name>      a record that was replaced while some process held its entry
     <location>/v1/damaged/                      what was found damaged, for a person to look at
 
 Everything is written under a unique name in ``tmp``, flushed to the disk, and renamed into place: blobs first, the
@@ -30,7 +31,17 @@ from typing import Final
 from .errors import CacheWriteError, one_line
 from .files import Identity, again_if_stale, hash_file, identity_of, remove, rename, sync_directory, write_synced
 from .leases import Lease, held_alone, locked, open_leased
-from .records import BadRecord, BlobRef, ForeignRecord, Record, decode_record, encode_record, is_sha256, skim_record
+from .records import (
+    MAX_RECORD,
+    BadRecord,
+    BlobRef,
+    ForeignRecord,
+    Record,
+    decode_record,
+    encode_record,
+    is_sha256,
+    skim_record,
+)
 from .usage import Usage
 
 TAG: Final = (
@@ -49,11 +60,21 @@ class Damage(Exception):
         identity: of the file that was looked at; None if it must stay where it is (it is missing, or could not be
             read for a reason that says nothing about its bytes).
         foreign: it is whole, and of a format that another version writes.
+        unreadable: nothing is known of its bytes now (no permission, too many open files): what needs it stays.
     """
 
-    def __init__(self, path: Path, reason: str, identity: Identity | None = None, *, foreign: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        reason: str,
+        identity: Identity | None = None,
+        *,
+        foreign: bool = False,
+        unreadable: bool = False,
+    ) -> None:
         super().__init__(reason)
-        self.path, self.reason, self.identity, self.foreign = path, reason, identity, foreign
+        self.path, self.reason, self.identity = path, reason, identity
+        self.foreign, self.unreadable = foreign, unreadable
 
 
 class BlobStore:
@@ -68,6 +89,7 @@ class BlobStore:
         self.root = location / "v1"
         self.actions, self.blobs = self.root / "actions", self.root / "blobs"
         self.tmp, self.locks, self.damaged = self.root / "tmp", self.root / "locks", self.root / "damaged"
+        self.held = self.root / "held"
         self.usage = Usage(self.root)
 
     def record_path(self, digest: str) -> Path:
@@ -97,13 +119,17 @@ class BlobStore:
             Damage: if the file is there and is not a record that this version reads.
         """
         path = self.record_path(digest)
-        try:
+
+        def read() -> tuple[Lease, bytes, os.stat_result] | None:
             _regular(path)
-            found = again_if_stale(lambda: open_leased(path))
+            return open_leased(path, MAX_RECORD + 1)
+
+        try:
+            found = again_if_stale(read)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise Damage(path, f"it cannot be read ({one_line(error.strerror)})") from error
+            raise Damage(path, f"it cannot be read ({one_line(error.strerror)})", unreadable=True) from error
         if found is None:
             return None
         lease, data, status = found
@@ -148,7 +174,8 @@ class BlobStore:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise Damage(path, "a missing file") from error
         except OSError as error:
-            raise Damage(path, f"a file that cannot be read ({one_line(error.strerror)})") from error
+            reason = f"a file that cannot be read ({one_line(error.strerror)})"
+            raise Damage(path, reason, unreadable=True) from error
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
@@ -178,8 +205,10 @@ class BlobStore:
         """
         self.location.parent.mkdir(parents=True, exist_ok=True)
         self.location.mkdir(mode=0o700, exist_ok=True)
-        for directory in (self.actions, self.blobs, self.tmp, self.locks, self.damaged):
-            directory.mkdir(parents=True, exist_ok=True)
+        for directory in (self.root, self.actions, self.blobs, self.tmp, self.locks, self.damaged):
+            directory.mkdir(exist_ok=True)
+            if directory.is_symlink():  # a sweep, or a repair, would work on the files of somebody else
+                raise OSError(errno.ELOOP, f"the symbolic link {directory.name}")
         tag = self.location / "CACHEDIR.TAG"
         if not tag.exists():
             temporary = self.new_temporary("tag")
@@ -243,10 +272,26 @@ class BlobStore:
             for directory in {place.parent for _, place in moves}:
                 sync_directory(directory)
             self.usage.freshen(record.digest)
-            rename(temporary, target)
+            with self._kept_for_holders(target):
+                rename(temporary, target)
             sync_directory(target.parent)
         finally:
             remove(temporary)
+
+    @contextmanager
+    def _kept_for_holders(self, path: Path) -> Iterator[None]:
+        """Around the replacement of a record: the old one stays in ``held`` as long as somebody holds its entry."""
+        kept = self.held / f"{path.stem}.{uuid.uuid4().hex[:12]}"
+        with suppress(OSError):  # no old one, or a file system without hard links
+            if path.exists():
+                self.held.mkdir(exist_ok=True)
+                os.link(path, kept)
+        try:
+            yield
+        finally:
+            with held_alone(kept) as free:
+                if free:
+                    remove(kept)
 
     def _clear_way(self, place: Path) -> None:
         if place.parent.exists() and not place.parent.is_dir():

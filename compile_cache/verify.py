@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from .entry import VerifyReport
-from .files import Identity, hash_file, identity_of
+from .files import Identity, again_if_stale, hash_file, identity_of
 from .records import Record, is_sha256
 from .signing import PublicKey, refusal
 from .store import BlobStore, Damage
@@ -71,7 +72,7 @@ def _files(directory: Path, damage: list[Damage]) -> Iterator[Path]:
     if not directory.exists():
         return
     for shard in sorted(directory.iterdir()):
-        if shard.is_dir():
+        if shard.is_dir() and not shard.is_symlink():
             yield from (path for path in sorted(shard.iterdir()) if not path.name.startswith(_SILLY))
         elif not shard.name.startswith(_SILLY):
             damage.append(_stray(shard))
@@ -88,16 +89,15 @@ def _identity(path: Path) -> Identity | None:
 def _check_blob(path: Path) -> int:
     if not is_sha256(path.name) or path.parent.name != path.name[:2]:
         raise _stray(path)
-    if not path.is_file():
-        if not path.exists():
-            raise FileNotFoundError(path)
-        raise Damage(path, "something that is not a regular file", _identity(path))
     try:
-        found, identity = hash_file(path)
+        status = again_if_stale(path.stat)
+        if not stat.S_ISREG(status.st_mode):
+            raise Damage(path, "something that is not a regular file", identity_of(status))
+        found, identity = again_if_stale(lambda: hash_file(path))
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise Damage(path, f"it cannot be read ({error.strerror})") from error
+        raise Damage(path, f"it cannot be read ({error.strerror})", unreadable=True) from error
     if found.sha256 != path.name:
         raise Damage(path, "other bytes than its SHA-256 says", identity)
     return found.size
@@ -116,7 +116,8 @@ def _check_record(store: BlobStore, path: Path, sound: dict[str, int]) -> Record
         try:
             store.check_blob(ref)  # damaged, or stored since the blobs were listed
         except Damage as found:
-            raise Damage(path, f"its file {name} is {found.reason}", identity) from found
+            moved = None if found.unreadable else identity
+            raise Damage(path, f"its file {name} is {found.reason}", moved) from found
     return record
 
 

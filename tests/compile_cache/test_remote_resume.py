@@ -300,7 +300,7 @@ def test_processes_that_push_one_key_at_once(tmp_path):
 class Full:
     """A file that takes the first bytes only."""
 
-    def __init__(self, path: Path, mode: str) -> None:
+    def __init__(self, path: Path, mode: str, **options: object) -> None:
         self.file = path.open(mode)
 
     def __enter__(self):

@@ -419,7 +419,7 @@ def test_what_no_trusted_key_signed_is_never_loaded(location, name):
     assert CompileCache(location).get(KEY) is not None  # nothing but the signature is wrong
     cache = CompileCache(location, trust=MINE.public)
     assert text in untrusted(cache) and cache.stats.misses_by_reason["untrusted"] == 1
-    with pytest.raises(DamagedEntry, match=r"signed|signature") as caught:
+    with pytest.raises(TrustError, match=r"signed|signature") as caught:
         cache.find(KEY.digest)
     one_line(caught.value)
     with pytest.warns(UntrustedEntryWarning):
@@ -514,7 +514,6 @@ def test_a_key_that_is_not_trusted_here_is_refused_at_once(tmp_path):
     assert CompileCache(tmp_path / "cache", sign_with=THEIRS).get_or_build(KEY, build).signed_by  # without trust: fine
 
 
-@INSIDE
 def test_link_signs_nothing_that_is_not_trusted(location, tmp_path):
     mixed = CompileCache(location)
     planted = mixed.get_or_build(OTHER, lambda directory: (directory / "code.so").write_bytes(EVIL) and None)
@@ -524,7 +523,6 @@ def test_link_signs_nothing_that_is_not_trusted(location, tmp_path):
     assert cache.link(CacheKey({"n": 4}), cache.get(KEY)).signed_by
 
 
-@INSIDE
 def test_export_signs_nothing_that_is_not_trusted(location, tmp_path):
     CompileCache(location).get_or_build(OTHER, lambda directory: (directory / "code.so").write_bytes(EVIL) and None)
     with pytest.raises(TrustError, match=OTHER.short):
@@ -941,7 +939,6 @@ def test_the_mode_of_a_location(tmp_path):
         os.umask(umask)
 
 
-@INSIDE
 def test_who_signs_is_warned_in_spite_of_trust(location):
     location.chmod(0o777)  # what is built here is signed here: others must not be able to change it before
     assert opened(location, trust=MINE.public) == []
@@ -1018,7 +1015,6 @@ def test_a_directory_of_the_layout_that_is_a_link_is_refused(unsigned, tmp_path,
     assert str(unsigned / name) in one_line(caught.value) and untouched(old)
 
 
-@INSIDE
 @pytest.mark.parametrize("name", LAYOUT[:6])
 def test_a_directory_that_becomes_a_link_later_is_refused_when_something_is_written(unsigned, tmp_path, name):
     cache = CompileCache(unsigned)
@@ -1035,7 +1031,6 @@ def test_a_location_that_is_a_link_is_fine(unsigned, tmp_path):
     assert CompileCache(tmp_path / "link").get(KEY).read("code.so") == FILES["code.so"]
 
 
-@INSIDE
 @pytest.mark.parametrize("kind", ["blobs", "actions"])
 def test_repair_moves_no_files_of_others(unsigned, tmp_path, kind):
     (tmp_path / "home").mkdir()
@@ -1069,7 +1064,6 @@ def test_a_shard_that_is_a_link(location, tmp_path):
     assert CompileCache(location, trust=MINE.public).get(KEY).read("code.so") == FILES["code.so"]
 
 
-@INSIDE
 def test_nothing_is_fetched_through_a_link(location, tmp_path, victim):
     here = CompileCache(tmp_path / "here", trust=MINE.public, remote=location.as_uri(), sign_with=MINE)
     here.require_writable()
@@ -1123,7 +1117,6 @@ def test_what_is_no_file_is_not_waited_for(unsigned, where, kind):
             one_line(error)
 
 
-@INSIDE
 def test_a_blob_that_becomes_a_pipe_after_the_check_is_not_waited_for(unsigned):
     entry = CompileCache(unsigned).get(KEY)
     special(blob_of(unsigned), "pipe")
@@ -1134,7 +1127,6 @@ def test_a_blob_that_becomes_a_pipe_after_the_check_is_not_waited_for(unsigned):
         os.close(os.open(blob_of(unsigned), os.O_RDWR | os.O_NONBLOCK))  # a reader that waits goes on
 
 
-@INSIDE
 def test_a_record_that_was_removed_by_all_but_a_link_does_not_turn_for_ever(unsigned, tmp_path):
     with open(tmp_path / "gone", "w+b") as file:
         (tmp_path / "gone").unlink()
@@ -1148,7 +1140,6 @@ def test_a_record_that_was_removed_by_all_but_a_link_does_not_turn_for_ever(unsi
             record_of(unsigned).unlink()
 
 
-@INSIDE
 def test_a_time_that_no_calendar_has(unsigned, monkeypatch):
     cache = CompileCache(unsigned)
     for moment in (1e18, -1e18, float("inf")):
@@ -1267,7 +1258,6 @@ def test_a_record_of_many_megabytes_costs_little(unsigned):
     assert time.monotonic() - start < 1
 
 
-@INSIDE
 def test_a_huge_file_in_place_of_a_record_takes_no_memory(unsigned):
     os.truncate(record_of(unsigned), 256 << 20)  # no blocks on the disk
     tracemalloc.start()
@@ -1279,7 +1269,6 @@ def test_a_huge_file_in_place_of_a_record_takes_no_memory(unsigned):
         tracemalloc.stop()
 
 
-@INSIDE
 def test_a_huge_file_in_place_of_a_blob_after_the_check_takes_no_memory(unsigned):
     entry = CompileCache(unsigned).get(KEY)
     os.truncate(blob_of(unsigned), 256 << 20)
