@@ -23,7 +23,7 @@ from compile_cache import (
     SigningKey,
     UntrustedEntryWarning,
 )
-from compile_cache.records import BadRecord, decode_record, encode_record
+from compile_cache.records import decode_record, encode_record
 
 SEED = 20240607
 CASES = {
@@ -273,6 +273,7 @@ def test_a_mutated_bundle_is_refused_or_stored_right(filled, tmp_path):
         outcome = bundle_outcome(cache, bundle)
         counts[f"{how} {outcome}"] += 1
         assert outcome == {"swap": "stored", "delete": "refused", "forge": "refused"}.get(how, outcome)
+        assert len(list(cache.digests())) == {"refused": 0, "stored": 2 if how == "swap" else len(FILES)}[outcome]
         shutil.rmtree(cache.location, ignore_errors=True)
     print(dict(counts))
     assert counts.total() == CASES["bundle"] and counts["flip refused"] > 0 and counts["delete refused"] > 0
@@ -284,7 +285,7 @@ def test_a_bundle_that_says_another_compression(filled, tmp_path, method):
     CompileCache(filled.location).export_bundle(bundle)
     data = bytearray(bundle.read_bytes())
     with zipfile.ZipFile(bundle) as file:
-        header = file.start_dir + 10 if hasattr(file, "start_dir") else data.rindex(b"PK\1\2") + 10
+        header = file.start_dir + 10
     assert data[header : header + 2] == b"\x08\x00"
     data[header : header + 2] = method.to_bytes(2, "little")
     bundle.write_bytes(data)
@@ -298,13 +299,3 @@ def test_a_bundle_with_offsets_before_its_start(filled, tmp_path):
     data[-6:-2] = (int.from_bytes(data[-6:-2], "little") + 9).to_bytes(4, "little")  # where the directory begins
     bundle.write_bytes(data)
     assert bundle_outcome(CompileCache(tmp_path / "new"), bundle) == "refused"
-
-
-def test_decoding_any_text_as_a_record_raises_nothing_else(filled):
-    rng = random.Random(SEED)
-    data = filled.files[filled.records["signed2"]]
-    for _ in range(500):
-        new = rng.choice([flipped, overwritten, zeroed, CHANGES["truncate"]])(data, rng)
-        if new != data:
-            with pytest.raises(BadRecord):
-                decode_record(new, key("signed2").digest)

@@ -96,8 +96,8 @@ class Torture:
 
     def killer(self, nth, calls):
         def returned(frame, event, function):
-            is_call = event == "c_return" and function.__name__ in calls and not isinstance(function.__self__, str)
-            if is_call and self.count() == nth:
+            counts = event == "c_return" and function.__name__ in calls and not isinstance(function.__self__, str)
+            if counts and self.count() == nth:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         return returned
