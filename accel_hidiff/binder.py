@@ -11,29 +11,54 @@ import torch
 from torch import Tensor
 
 from accel_hidiff.backends import Backend, BoundRegion
+from accel_hidiff.errors import AccelHiDiffError, CompileFailed
 from accel_hidiff.guard import Accept, Reject, judge_sizes
 from accel_hidiff.regions import Region, RegionGraph, Sizes, bucket_of, example_sizes
 from accel_hidiff.stats import Stats
 from accel_hidiff.topology import Topology
-from compile_cache import CacheKey, CompileCache, Entry
+from compile_cache import CacheKey, CompileCache, CompileCacheError, Entry
 
 _ALIGNMENT = 16  # bytes; compiled code may load this much at once
+
+
+class ArtifactFailed(Exception):
+    """A compiled call raised: out of memory, an input that it cannot take, a broken artifact. The cause tells.
+
+    Attributes:
+        key: of the artifact.
+        reason: one line.
+    """
+
+    def __init__(self, path: str, key: CacheKey, error: Exception) -> None:
+        first = (str(error).strip().splitlines() or [""])[0]
+        self.key = key
+        self.reason = (
+            f"{path}: artifact {key.short} failed: {type(error).__name__}: {first[:200]}; it is not used again until "
+            "handle.verify() finds it sound"
+        )
+        super().__init__(self.reason)
 
 
 class BoundCall:
     """One region's compiled call at one size: brings inputs into the form that the artifact was compiled for."""
 
-    __slots__ = ("_format", "_run", "shape")
+    __slots__ = ("_format", "_key", "_path", "_run", "shape")
 
-    def __init__(self, bound: BoundRegion, region: Region, sizes: Sizes) -> None:
+    def __init__(self, bound: BoundRegion, region: Region, key: CacheKey, sizes: Sizes) -> None:
         self._run = bound.call
         self._format = region.memory_format
+        self._path, self._key = region.path, key
         self.shape = torch.Size((sizes["batch"], region.channels, sizes["height"], sizes["width"]))
 
     def __call__(self, image: Tensor, *rest: Tensor) -> Any:
         if not image.is_contiguous(memory_format=self._format):
             image = image.contiguous(memory_format=self._format)
-        return self._run(_aligned(image), *(_aligned(tensor.contiguous()) for tensor in rest))
+        try:
+            return self._run(_aligned(image), *(_aligned(tensor.contiguous()) for tensor in rest))
+        except AccelHiDiffError:
+            raise
+        except Exception as error:
+            raise ArtifactFailed(self._path, self._key, error) from error
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -66,6 +91,7 @@ class Binder:
         self._bound: dict[tuple[str, str], BoundRegion | None] = {}
         self._entries: dict[str, Entry] = {}
         self._keys: dict[Any, CacheKey] = {}
+        self._failed: dict[str, ArtifactFailed] = {}  # by the digest of the key
         self._lock = threading.RLock()
 
     def graph(
@@ -141,20 +167,52 @@ class Binder:
                     return Missing(graph, self.cache.explain(key))
         calls = {}
         for graph, sizes in graphs:
-            self.prepare(graph)
             key = self.key(graph)
-            bound = self._bind(graph, key, self.entry(key))
+            if (known := self._failed.get(key.digest)) is not None:
+                return Reject(known.reason)
+            self.prepare(graph)
+            try:
+                bound = self._bind(graph, key, self.entry(key))
+            except ArtifactFailed as failed:
+                self.quarantine(failed)
+                return Reject(failed.reason)
             if bound is None:
                 continue
             decision = judge_sizes(graph.region.path, bound.bucket, sizes)
             if isinstance(decision, Reject):
                 return decision
-            calls[graph.region.path] = BoundCall(bound, graph.region, sizes)
+            calls[graph.region.path] = BoundCall(bound, graph.region, key, sizes)
         return calls
 
     def is_bound(self, graph: RegionGraph) -> bool:
         """True if the graph is loaded and bound to its region's weights."""
         return (graph.region.path, self.key(graph).digest) in self._bound
+
+    def quarantine(self, failed: ArtifactFailed) -> None:
+        """An artifact failed at run time: it is not used again until `verify` finds it sound."""
+        digest = failed.key.digest
+        with self._lock:
+            self._failed[digest] = failed
+            self._entries.pop(digest, None)
+            self._bound = {name: bound for name, bound in self._bound.items() if name[1] != digest}
+
+    def verify(self) -> dict[str, str | None]:
+        """Checks every byte of the artifacts that failed; the sound ones may be used again.
+
+        Returns:
+            Key digest -> None where it is sound, else what is wrong with it.
+        """
+        found: dict[str, str | None] = {}
+        with self._lock:
+            for digest, failed in list(self._failed.items()):
+                self._entries.pop(digest, None)  # read anew
+                entry = self.entry(failed.key) if self.backend.persistent else None
+                if entry is not None or not self.backend.persistent:
+                    del self._failed[digest]
+                    found[digest] = None
+                else:
+                    found[digest] = "missing or damaged" if self.cache is None else self.cache.explain(failed.key)
+        return found
 
     def forget_bindings(self) -> None:
         """Weights were replaced or the structure changed: nothing that is bound may be used again."""
@@ -165,7 +223,12 @@ class Binder:
         name = (graph.region.path, key.digest)
         with self._lock:
             if name not in self._bound:
-                self._bound[name] = self.backend.bind(graph, entry)
+                try:
+                    self._bound[name] = self.backend.bind(graph, entry)
+                except (CompileFailed, CompileCacheError, OSError) as error:
+                    if entry is None:
+                        raise
+                    raise ArtifactFailed(graph.region.path, key, error) from error  # it was compiled; it does not load
                 if entry is not None:
                     self.stats.bindings += 1
                 elif not self.backend.persistent and self._bound[name] is not None:

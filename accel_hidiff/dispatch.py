@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from accel_hidiff.binder import Binder, BoundCall, Missing
-from accel_hidiff.errors import GraphMiss
+from accel_hidiff.binder import ArtifactFailed, Binder, BoundCall, Missing
+from accel_hidiff.errors import BadInput, GraphMiss
 from accel_hidiff.fingerprint import ModuleState
 from accel_hidiff.guard import CallFacts, Reject, judge_call
 from accel_hidiff.regions import Region, RegionGraph, Sizes
@@ -140,6 +140,30 @@ class Dispatcher:
         if whole_call:
             stats.hits -= 1
             stats.eager_calls += 1
+
+    def seal(self) -> None:
+        """Nothing is compiled, fetched or written from now on.
+
+        Raises:
+            BadInput: `on_miss` is not "error".
+        """
+        if self.on_miss != "error":
+            raise BadInput(f'seal: expected on_miss="error", got {self.on_miss!r}; accelerate with that first')
+        if self.binder.cache is not None:
+            self.binder.cache = self.binder.cache.as_read_only()
+
+    def quarantine(self, failed: ArtifactFailed) -> None:
+        """A compiled call raised: what it was to compute runs eager; GraphMiss under "error"."""
+        self.binder.quarantine(failed)
+        with self._lock:
+            self._graphs = {}
+        self.fall_back(failed.reason)
+
+    def verify(self) -> dict[str, str | None]:
+        """See `Binder.verify`."""
+        with self._lock:
+            self._graphs = {}
+            return self.binder.verify()
 
     def _resolve(self, facts: CallFacts, graphs: Callable[[], Graphs]) -> Graph:
         decision = judge_call(facts)

@@ -64,6 +64,7 @@ class Handle:
         self._step = step
         self._undo = UndoLog()
         self._undo.replace(pipe, _HANDLE, self, "handle")
+        self._sealed = False
         self.meant_for: torch.device | None = None
 
     @property
@@ -209,6 +210,28 @@ class Handle:
         model = f"{self.patch.family.name} ({self.patch.evidence})"
         return Explanation(height, width, steps, model, tuple(rows), self.patch.size_notice(height, width, steps))
 
+    def seal(self) -> None:
+        """From here on, this process compiles nothing for this pipeline and writes nothing to its cache.
+
+        Call it after `load`. `torch.compiler.set_stance("fail_on_recompile")` then holds for the whole process, until
+        `remove`: a `torch.compile` elsewhere in it raises where it would compile. The remote of the cache is not asked
+        any more. A graph that is missing raises `GraphMiss` as before.
+
+        Raises:
+            BadInput: `on_miss` is not "error".
+        """
+        self._dispatcher.seal()
+        torch.compiler.set_stance("fail_on_recompile")
+        self._sealed = True
+
+    def verify(self) -> dict[str, str | None]:
+        """Checks every byte of the artifacts that failed at run time; the sound ones serve again from now on.
+
+        Returns:
+            Key digest -> None where it is sound, else what is wrong with it. Empty if none failed.
+        """
+        return self._dispatcher.verify()
+
     def remove(self) -> Any:
         """Takes everything off; the pipeline is then bit for bit what it was. Returns the pipeline.
 
@@ -218,6 +241,8 @@ class Handle:
         self._installed.check_removable()
         if self._guidance is not None:
             self._guidance.check_removable()
+        if self._sealed:
+            torch.compiler.set_stance("default")
         self._undo.undo()
         if self._guidance is not None:
             self._guidance.remove()

@@ -15,6 +15,7 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+from accel_hidiff.binder import ArtifactFailed
 from accel_hidiff.call import UNetCall
 from accel_hidiff.control import DOWN
 from accel_hidiff.dispatch import Dispatcher, Graphs
@@ -88,9 +89,12 @@ class ServedUNet:
             ),
         )
         if self.whole and graph.calls:
-            out = self.regions[0].forward_with(graph.calls[UNET], call, sample, timestep, text, **kwargs)
-            return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
-        call.regions = graph.calls
+            try:
+                out = self.regions[0].forward_with(graph.calls[UNET], call, sample, timestep, text, **kwargs)
+                return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
+            except ArtifactFailed as failed:
+                self.dispatcher.quarantine(failed)
+        call.regions = {} if self.whole else graph.calls
         with patch.scope.opened(call):
             return inner(sample, timestep, text, **kwargs)
 
@@ -154,12 +158,16 @@ class ServedControlNet:
             )
             inputs = sample, timestep, encoder_hidden_states
             if self.whole and graph.calls:
-                image = kwargs.pop("controlnet_cond")
-                down, mid = self.regions[0].forward_with(graph.calls[self.name], None, *inputs, image, **kwargs)
-                if kwargs.get("return_dict", True):
-                    return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)
-                return down, mid
-            with patch.scope.opened(UNetCall(PLAIN, regions=graph.calls)):
+                rest = {name: value for name, value in kwargs.items() if name != "controlnet_cond"}
+                image, compiled = kwargs["controlnet_cond"], graph.calls[self.name]
+                try:
+                    down, mid = self.regions[0].forward_with(compiled, None, *inputs, image, **rest)
+                    if kwargs.get("return_dict", True):
+                        return ControlNetOutput(down_block_res_samples=tuple(down), mid_block_res_sample=mid)
+                    return down, mid
+                except ArtifactFailed as failed:
+                    self.dispatcher.quarantine(failed)
+            with patch.scope.opened(UNetCall(PLAIN, regions={} if self.whole else graph.calls)):
                 return inner(*inputs, **kwargs)
 
         return forward
@@ -207,9 +215,12 @@ class ServedDecoder:
                 lambda: self.graphs(height, width, batch, dtype=sample.dtype, device=sample.device),
             )
             compiled = graph.calls.get(DECODER)
-            if compiled is None:
-                return inner(sample, *args, **kwargs)
-            return region.forward_with(compiled, None, sample, *args, **kwargs)
+            if compiled is not None:
+                try:
+                    return region.forward_with(compiled, None, sample, *args, **kwargs)
+                except ArtifactFailed as failed:
+                    self.dispatcher.quarantine(failed)
+            return inner(sample, *args, **kwargs)
 
         return forward
 
@@ -270,7 +281,11 @@ def _region_forward(dispatcher: Dispatcher, region: Region, patch: Patch) -> For
             reason = f"{path}: the plan gives it inputs of shape {planned}, it got {got}"
             dispatcher.fall_back(reason)
             return inner(*args, **kwargs)
-        return region.forward_with(compiled, call, *args, **kwargs)
+        try:
+            return region.forward_with(compiled, call, *args, **kwargs)
+        except ArtifactFailed as failed:
+            dispatcher.quarantine(failed)
+        return inner(*args, **kwargs)
 
     return forward
 

@@ -91,7 +91,8 @@ def region_calls(handle: ah.Handle, trivial: h.TrivialUNet, size: h.Size) -> dic
     for graph, sizes in graphs:
         region = graph.region
         image, text, *_ = region.example(graph.traits, sizes, unet.dtype, unet.device)
-        bound[region.path] = BoundCall(BoundRegion(package, graph.bucket), region, sizes)
+        key = handle._dispatcher.binder.key(graph)
+        bound[region.path] = BoundCall(BoundRegion(package, graph.bucket), region, key, sizes)
         if isinstance(region, TransformerRegion):
             named: dict[str, Any] = {"encoder_hidden_states": text, "return_dict": False}
             wrapped.append((region.module.forward, (image,), named))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import threading
@@ -110,6 +111,12 @@ class CompileCache(CacheReader):
         self._swept = False
         self._surveyed = 0.0  # when limits were last looked at (monotonic), and what was held then and is new since
         self._held = 0
+
+    def as_read_only(self) -> CompileCache:
+        """The same cache, opened to be read only and without its remote; counters are shared."""
+        view = copy.copy(self)
+        view._read_only, view._remote = True, None
+        return view
 
     @property
     def remote(self) -> Remote | None:

@@ -9,6 +9,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from accel_hidiff.binder import ArtifactFailed
 from accel_hidiff.cfgpp.guidance import Predictions, Step, eager_step
 from accel_hidiff.clock import index_in
 from accel_hidiff.dispatch import Dispatcher, Graphs
@@ -56,7 +57,14 @@ class CompiledStep:
             state.history = torch.zeros_like(sample, dtype=wide)
         strength = torch.full((), said.strength, device=sample.device)
         nothing = state.history if noise is None else noise  # its coefficient is 0
-        x_next, state.history = compiled(sample, said.uncond, said.cond, state.history, nothing, rows[index], strength)
+        try:
+            x_next, history = compiled(sample, said.uncond, said.cond, state.history, nothing, rows[index], strength)
+        except ArtifactFailed as failed:
+            self.dispatcher.quarantine(failed)
+            x_next, history = self.region.module(
+                sample, said.uncond, said.cond, state.history, nothing, rows[index], strength
+            )
+        state.history = history
         scheduler.advance_to(index + 1)
         return SchedulerOutput(prev_sample=x_next) if options.get("return_dict", True) else (x_next,)
 

@@ -1,0 +1,172 @@
+"""After a failure, an interruption or an exception, the next request is right; a failed artifact waits for a check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import accel_hidiff as ah
+from accel_hidiff.backends import aot
+from accel_hidiff.backends.base import BoundRegion
+from compile_cache import CompileCache
+from tests import models
+from tests.compiled.conftest import STEPS, relative_difference, request
+
+CONFIG = ah.HiDiffusionConfig()
+
+
+class Faults:
+    """Lets calls of packages fail: those of the regions whose path begins with `path`, `times` times."""
+
+    def __init__(self) -> None:
+        self.path, self.times, self.error = "nothing", 0, RuntimeError("out of memory on device 0\nsecond line")
+
+    def bind(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def bind(backend: Any, graph: Any, entry: Any) -> BoundRegion:
+            bound = real(backend, graph, entry)
+
+            def call(*inputs: Any) -> Any:
+                if graph.region.path.startswith(self.path) and self.times > 0:
+                    self.times -= 1
+                    raise self.error
+                return bound.call(*inputs)
+
+            return BoundRegion(call, bound.bucket, bound)
+
+        return bind
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    faults = Faults()
+    monkeypatch.setattr(aot.AOTBackend, "bind", faults.bind(aot.AOTBackend.bind))
+    yield faults
+
+
+def served(cache: Path, on_miss: str = "eager") -> Any:
+    pipe = models.build("sdxl", "text2img")
+    return ah.accelerate(pipe, hidiffusion=CONFIG, cache=CompileCache(cache, read_only=True), on_miss=on_miss)
+
+
+def image(pipe: Any, **changes: Any) -> torch.Tensor:
+    return torch.as_tensor(request(pipe, output_type="pt", **changes))
+
+
+@pytest.fixture(scope="module")
+def right() -> torch.Tensor:
+    pipe = models.build("sdxl", "text2img")
+    ah.apply_hidiffusion(pipe, config=CONFIG)
+    return image(pipe)
+
+
+@pytest.mark.parametrize("path", ["unet.mid_block", "unet.down_blocks.1.attentions.0", "vae.decoder"])
+@pytest.mark.parametrize("when", ["first call", "later"])
+def test_an_artifact_that_fails_runs_eager_and_is_not_used_again_until_verified(
+    cache_dir: Path, faults: Faults, right: torch.Tensor, path: str, when: str
+) -> None:
+    handle = served(cache_dir)
+    if when == "later":
+        image(handle.pipe)
+    faults.path, faults.times = path, 1
+    assert relative_difference(image(handle.pipe), right) < 5e-3  # that very request
+    assert faults.times == 0
+    (reason,) = handle.stats.rejected
+    assert path in reason and "RuntimeError: out of memory on device 0; it is not used again until" in reason
+    ran_eager = 1 if path == "vae.decoder" else STEPS
+    with handle.stats.expect(eager_calls=ran_eager, hits=STEPS + 1 - ran_eager, compiles=0):
+        assert relative_difference(image(handle.pipe), right) < 5e-3
+    assert set(handle.stats.rejected) == {reason}
+    assert list(handle.verify().values()) == [None] and handle.verify() == {}
+    with handle.stats.expect(eager_calls=0, hits=STEPS + 1, compiles=0):
+        assert relative_difference(image(handle.pipe), right) < 5e-3
+
+
+def test_strict_mode_refuses_with_the_reason_and_serves_again_after_a_check(cache_dir: Path, faults: Faults) -> None:
+    handle = served(cache_dir, on_miss="error")
+    faults.path, faults.times = "unet.mid_block", 1
+    with pytest.raises(ah.GraphMiss, match=r"unet\.mid_block.* failed: RuntimeError: out of memory"):
+        image(handle.pipe)
+    with pytest.raises(ah.GraphMiss, match=r"handle\.verify"):
+        image(handle.pipe)
+    assert list(handle.verify().values()) == [None]
+    with handle.stats.expect(eager_calls=0):
+        image(handle.pipe)
+
+
+def test_an_artifact_that_was_damaged_meanwhile_stays_out(own_cache: Path, faults: Faults, right: torch.Tensor) -> None:
+    handle = served(own_cache)
+    image(handle.pipe)
+    faults.path, faults.times = "unet.mid_block.resnets.0", 1
+    image(handle.pipe)
+    for blob in own_cache.glob("v1/blobs/*/*"):
+        blob.write_bytes(b"\0" * blob.stat().st_size)
+    with pytest.warns(UserWarning, match="other bytes"):
+        (wrong,) = handle.verify().values()
+    assert wrong is not None and "damaged" in wrong
+    with handle.stats.expect(eager_calls=STEPS):
+        assert relative_difference(image(handle.pipe), right) < 5e-3
+
+
+def test_a_package_that_does_not_load_runs_eager(cache_dir: Path, monkeypatch: Any, right: torch.Tensor) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise ah.CompileFailed("unet: expected a package that loads, got: no such symbol")
+
+    monkeypatch.setattr(aot, "_load", fails)
+    handle = served(cache_dir)
+    assert relative_difference(image(handle.pipe), right) < 5e-3
+    assert handle.stats.hits == 0 and any("no such symbol" in reason for reason in handle.stats.rejected)
+
+
+@pytest.mark.parametrize("when", range(STEPS))
+def test_a_request_that_raises_leaves_the_next_one_right(cache_dir: Path, right: torch.Tensor, when: int) -> None:
+    handle = served(cache_dir, on_miss="error")
+
+    def fails(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
+        if step == when:
+            raise TimeoutError("the client is gone")
+        return kwargs
+
+    with pytest.raises(TimeoutError):
+        image(handle.pipe, callback_on_step_end=fails)
+    assert relative_difference(image(handle.pipe), right) < 5e-3
+
+
+def test_a_request_that_is_interrupted_leaves_the_next_one_right(cache_dir: Path, right: torch.Tensor) -> None:
+    handle = served(cache_dir, on_miss="error")
+
+    def interrupts(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
+        pipe._interrupt = step >= 2
+        return kwargs
+
+    with handle.stats.expect(hits=3 + 1):  # three steps, and the decoder
+        image(handle.pipe, callback_on_step_end=interrupts)
+    assert relative_difference(image(handle.pipe), right) < 5e-3
+
+
+class TestSeal:
+    def test_it_needs_strict_mode(self, cache_dir: Path) -> None:
+        with pytest.raises(ah.BadInput, match=r'expected on_miss="error", got \'eager\''):
+            served(cache_dir).seal()
+
+    def test_a_sealed_process_serves_and_neither_compiles_nor_writes(self, own_cache: Path, right: Any) -> None:
+        pipe = models.build("sdxl", "text2img")
+        handle = ah.accelerate(pipe, hidiffusion=CONFIG, cache=own_cache, on_miss="error")
+        handle.load([(128, 192)], STEPS)
+        handle.seal()
+        try:
+            before = {path: path.stat().st_mtime_ns for path in own_cache.rglob("*")}
+            with handle.stats.expect(compiles=0, eager_calls=0, misses=0):
+                assert relative_difference(image(pipe), right) < 5e-3
+            assert {path: path.stat().st_mtime_ns for path in own_cache.rglob("*")} == before
+            with pytest.raises(ah.GraphMiss, match="missing"):
+                request(pipe, 72, 128)
+            assert {path: path.stat().st_mtime_ns for path in own_cache.rglob("*")} == before
+            with pytest.raises(RuntimeError, match="fail_on_recompile"):
+                torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2))
+        finally:
+            handle.remove()
+        assert torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2)).sum() == 2
