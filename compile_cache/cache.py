@@ -58,8 +58,7 @@ class CompileCache(CacheReader):
     - Readers take no lock. The rename of a record is the commit: before it a reader sees a miss (or the old entry),
       after it the whole new entry.
     - One key is built once: builders of one key wait for each other, and all but the first find its result. The lock
-      belongs to the kernel, so a builder that dies sets it free at once. (A child that it forked, and that has not
-      called exec, keeps it as long as the child lives.)
+      belongs to the kernel, so a builder that dies sets it free at once.
     - Different keys never wait for each other.
     - Limits remove the least recently used entries, never one that a process holds (an :class:`Entry` that
       :meth:`get`, :meth:`get_or_build` or :meth:`link` returned and that lives) or that is pinned. Without limits,

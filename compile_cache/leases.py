@@ -11,13 +11,13 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Final
 
 _BUSY: Final = (errno.EAGAIN, errno.EACCES)
-_WITHOUT_FLOCK: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+_WITHOUT_FLOCK: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
 _PATIENCE: Final = 0.25  # seconds that a reader gives a removal to decide; it needs microseconds
 
 _own: set[int] = set()  # descriptors of locks that end with a block of this process; a forked child closes its copies
@@ -50,10 +50,8 @@ class Lease:
     def __del__(self) -> None:
         self.release()
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[Lease], tuple[int]]:  # two objects that close one descriptor would be one too many
-        return Lease, (-1,)
+    def __reduce__(self) -> tuple[type[Lease], tuple[int]]:
+        return Lease, (-1,)  # a second object would close the descriptor once more: by then it may be another file's
 
 
 def open_leased(path: Path, limit: int) -> tuple[Lease, bytes, os.stat_result] | None:
@@ -93,11 +91,17 @@ def held_alone(path: Path) -> Iterator[bool]:
     """Hold a file against every new lease; gives False, at once, if somebody uses it or it is not there."""
     with ExitStack() as stack:
         try:
-            descriptor = stack.enter_context(_opened(path, os.O_RDONLY | os.O_NONBLOCK))
+            descriptor = stack.enter_context(_opened_to_hold(path))
         except OSError:
             yield False
             return
         yield _try_lock(descriptor, fcntl.LOCK_EX) and os.fstat(descriptor).st_nlink > 0
+
+
+def _opened_to_hold(path: Path) -> AbstractContextManager[int]:
+    """NFS holds a file alone for those only who may write it; a directory, or a file of others, is opened to read."""
+    writable = not path.is_dir() and os.access(path, os.W_OK)
+    return _opened(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 @contextmanager

@@ -4,56 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import time
 from pathlib import Path
 
 import pytest
 
-from compile_cache import CacheKey, CacheWriteError, CompileCache, DamagedEntryWarning, SigningKey
+from compile_cache import CacheWriteError, CompileCache, DamagedEntryWarning, SigningKey
 from compile_cache.cli import run
 from compile_cache.usage import Usage, Use
+from tests.numbered import fill, kept, key, right, set_used
 
 WEEK = 7 * 86_400.0
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-def key(n):
-    return CacheKey({"n": n})
-
-
-def data(n):
-    return {"one": random.Random(n).randbytes(3000), "two": b"shared"}
-
-
-def writes(n):
-    def build(directory):
-        for name, content in data(n).items():
-            (directory / name).write_bytes(content)
-
-    return build
-
-
-def fill(cache, *numbers):
-    for n in numbers:
-        cache.get_or_build(key(n), writes(n))
-    return cache
-
-
-def right(entry, n):
-    return {name: entry.read(name) for name in entry.files} == data(n)
-
-
-def kept(cache):
-    """The numbers of the entries that are there."""
-    return [n for n in range(60) if key(n).digest in set(cache.digests())]
-
-
-def set_used(cache, n, moment):
-    """Say when an entry was used last; its record is as old."""
-    digest = key(n).digest
-    for path in (f"used/{digest[:2]}/{digest}", f"actions/{digest[:2]}/{digest}.json"):
-        os.utime(cache.location / "v1" / path, (moment, moment))
 
 
 @pytest.fixture

@@ -209,9 +209,8 @@ def test_every_mutation_is_detected_and_heals(filled):
         assert CompileCache(filled.location).verify().ok, case
         filled.put_back(changed | {path for name in hit for path in filled.needs[name]})
     print(dict(counts))
-    assert sum(CASES.values()) == 1000
     matters = sum(number for kind, number in CASES.items() if kind not in HARMLESS and kind != "bundle")
-    assert counts["detected"] == matters and all(counts[how] for how in CHANGES)
+    assert sum(CASES.values()) == 1000 and counts["detected"] == matters and all(counts[how] for how in CHANGES)
 
 
 def test_forged_records_are_not_loaded_where_signatures_count(filled):
@@ -279,16 +278,15 @@ def test_a_mutated_bundle_is_refused_or_stored_right(filled, tmp_path):
     assert counts.total() == CASES["bundle"] and counts["flip refused"] > 0 and counts["delete refused"] > 0
 
 
+@pytest.mark.parametrize("find", [bytes.find, bytes.rfind], ids=["a record", "a blob"])
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 93])
-def test_a_bundle_that_says_another_compression(filled, tmp_path, method):
+def test_a_bundle_that_says_another_compression(filled, tmp_path, method, find):
     bundle = tmp_path / "bundle"
     CompileCache(filled.location).export_bundle(bundle)
-    data = bytearray(bundle.read_bytes())
-    with zipfile.ZipFile(bundle) as file:
-        header = file.start_dir + 10
-    assert data[header : header + 2] == b"\x08\x00"
-    data[header : header + 2] = method.to_bytes(2, "little")
-    bundle.write_bytes(data)
+    data = bundle.read_bytes()
+    place = find(data, b"PK\1\2") + 10  # in the directory of the file
+    assert data[place : place + 2] == b"\x08\x00"
+    bundle.write_bytes(data[:place] + method.to_bytes(2, "little") + data[place + 2 :])
     assert bundle_outcome(CompileCache(tmp_path / "new"), bundle) == "refused"
 
 
