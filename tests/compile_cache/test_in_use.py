@@ -7,6 +7,7 @@ import errno
 import os
 import pickle
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +24,12 @@ from tests.numbered import fill, kept, key, right, set_used, writes
 ROOT = Path(compile_cache.__file__).parents[1]
 WEEK = 7 * 86_400.0
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+def program(*arguments):
+    command = [sys.executable, __file__, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture
