@@ -23,10 +23,9 @@ from typing import Any
 import fsspec
 import pytest
 
-import compile_cache
-from compile_cache import CacheKey, CompileCache, Entry, Remote, RemoteWarning
+from compile_cache import CacheKey, CompileCache, Remote, RemoteWarning
+from tests import entries
 
-ROOT = Path(compile_cache.__file__).parents[1]
 KEY, OTHER, THIRD = (CacheKey({"n": n}) for n in range(3))
 
 
@@ -37,22 +36,8 @@ def files_of(key: CacheKey, size: int = 1000) -> dict[str, bytes]:
     return {"code.so": b"".join(blocks)[:size], "deep/er/data.json": b'{"of": "' + seed[:30] + b'"}'}
 
 
-def builder(key: CacheKey, size: int = 1000) -> Callable[[Path], dict[str, object]]:
-    def build(directory: Path) -> dict[str, object]:
-        for name, data in files_of(key, size).items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_bytes(data)
-        return {"seconds": 1.5}
-
-    return build
-
-
-def never(directory: Path) -> None:
-    raise AssertionError("built again")
-
-
-def contents(entry: Entry | None) -> dict[str, bytes] | None:
-    return None if entry is None else {name: entry.read(name) for name in entry.files}
+def builder(key: CacheKey, size: int = 1000) -> entries.Build:
+    return entries.builder(files_of(key, size), seconds=1.5)
 
 
 def filled(location: Path, *keys: CacheKey, size: int = 1000, **options: Any) -> CompileCache:
@@ -112,7 +97,7 @@ def clock(patch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def run(code: str, *arguments: object, timeout: float = 30) -> str:
     """Run code in a new process, and return what it prints; it has to end well."""
     command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(command, cwd=entries.ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -120,7 +105,8 @@ def run(code: str, *arguments: object, timeout: float = 30) -> str:
 PRELUDE = """
 import os, signal, sys, threading, time, warnings
 from compile_cache import CacheKey, CompileCache, Remote, RemoteWarning
-from tests.remotes import KEY, OTHER, THIRD, builder, contents, files_of
+from tests.entries import contents
+from tests.remotes import KEY, OTHER, THIRD, builder, files_of
 """
 
 

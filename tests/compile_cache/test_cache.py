@@ -25,42 +25,17 @@ from compile_cache import (
     DamagedEntryWarning,
     UnstableFactor,
 )
+from tests.entries import FILES, blob_of, build, contents, forged, in_threads, never, one_line, record_of, snapshot
 
 KEY = CacheKey({"model": "tiny", "environment": {"torch": "2.13.0", "flags": ["avx", "avx2"]}, "n": 1})
-FILES = {"code.so": bytes(range(256)) * 4, "deep/er/data.json": b'{"a": 1}'}
-
-
-def build(directory: Path) -> dict[str, object]:
-    for name, data in FILES.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return {"seconds": 12.5, "list": [1, None]}
-
-
-def never(directory: Path) -> None:
-    raise AssertionError("built again")
-
-
-def snapshot(location: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(location)): path.read_bytes() for path in location.rglob("*") if path.is_file()}
 
 
 def tmp_files(location: Path) -> list[str]:
     return sorted(os.listdir(location / "v1/tmp"))
 
 
-def record_of(location: Path, key: CacheKey = KEY) -> Path:
-    return location / "v1/actions" / key.digest[:2] / f"{key.digest}.json"
-
-
 def blobs_of(location: Path) -> list[Path]:
     return sorted(path for path in (location / "v1/blobs").rglob("*") if path.is_file())
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return CompileCache(tmp_path / "cache")
 
 
 @pytest.fixture
@@ -82,7 +57,7 @@ def test_round_trip_and_layout(cache):
     entry = cache.get_or_build(KEY, build)
     for found in (entry, cache.get_or_build(KEY, never), CompileCache(cache.location).get(KEY), *cache.entries()):
         assert found == entry and hash(found) == hash(entry)
-        assert {name: found.read(name) for name in found.files} == FILES
+        assert contents(found) == FILES
         assert found.notes == {"seconds": 12.5, "list": [1, None]} and found.factors == KEY.factors
         assert found.size == sum(map(len, FILES.values())) and found.created.endswith("+00:00")
     stored = snapshot(cache.location)
@@ -139,7 +114,7 @@ def test_blobs_are_as_readable_as_the_umask_says(cache):
         (directory / "x").chmod(0o600)
 
     cache.get_or_build(KEY, private)
-    wanted = record_of(cache.location).stat().st_mode
+    wanted = record_of(cache.location, KEY).stat().st_mode
     assert [path.stat().st_mode for path in blobs_of(cache.location)] == [wanted]
 
 
@@ -198,7 +173,7 @@ def assert_detected_and_rebuilt(location: Path, victim: Path) -> None:
     cache = CompileCache(location)
     assert not cache.verify().ok, victim
     assert victim.relative_to(location).as_posix() in [path for path, _ in cache.verify().damaged]
-    assert "damaged" in cache.explain(KEY) and "\n" not in cache.explain(KEY)
+    assert "damaged" in one_line(cache.explain(KEY))
     with pytest.raises(DamagedEntry):
         cache.find(KEY.digest)
     with warnings.catch_warnings(record=True) as caught:
@@ -206,15 +181,15 @@ def assert_detected_and_rebuilt(location: Path, victim: Path) -> None:
         list(cache.entries())
         assert cache.get(KEY) is None
     assert caught and {warning.category for warning in caught} == {DamagedEntryWarning}
-    assert all("\n" not in str(warning.message) for warning in caught)
+    assert all(one_line(warning.message) for warning in caught)
     built = []
     entry = cache.get_or_build(KEY, lambda directory: built.append(1) or build(directory))
-    assert built == [1] and {name: entry.read(name) for name in entry.files} == FILES
+    assert built == [1] and contents(entry) == FILES
     assert cache.verify().ok, cache.verify()
 
 
 def test_every_flipped_byte_of_a_record_is_detected(full):
-    path = record_of(full.location)
+    path = record_of(full.location, KEY)
     whole = path.read_bytes()
     for offset in range(len(whole)):
         for mask in (0x01, 0x2A, 0x80):  # 0x2a turns a space into a line feed
@@ -228,7 +203,7 @@ def test_every_flipped_byte_of_a_record_is_detected(full):
 @pytest.mark.parametrize("place", [0.0, 0.1, 0.37, 0.5, 0.8, 0.999])
 @pytest.mark.parametrize("kind", ["record", "blob0", "blob1"])
 def test_flipped_bytes_are_reported_and_rebuilt(full, kind, place):
-    victim = record_of(full.location) if kind == "record" else blobs_of(full.location)[int(kind[-1])]
+    victim = record_of(full.location, KEY) if kind == "record" else blobs_of(full.location)[int(kind[-1])]
     data = bytearray(victim.read_bytes())
     data[int(place * len(data))] ^= 0x10
     victim.write_bytes(data)
@@ -239,7 +214,7 @@ def test_flipped_bytes_are_reported_and_rebuilt(full, kind, place):
 @pytest.mark.parametrize("kind", ["record", "blob0", "blob1"])
 @pytest.mark.parametrize("keep", ["nothing", "half", "all but one", "one more"])
 def test_truncation(full, kind, keep):
-    victim = record_of(full.location) if kind == "record" else blobs_of(full.location)[int(kind[-1])]
+    victim = record_of(full.location, KEY) if kind == "record" else blobs_of(full.location)[int(kind[-1])]
     data = victim.read_bytes()
     ends = {"nothing": b"", "half": data[: len(data) // 2], "all but one": data[:-1], "one more": data + b"\n"}
     victim.write_bytes(ends[keep])
@@ -260,27 +235,27 @@ GARBAGE = {
 
 @pytest.mark.parametrize("name", GARBAGE)
 def test_garbage_in_place_of_a_record(full, name):
-    record_of(full.location).write_bytes(GARBAGE[name])
-    assert_detected_and_rebuilt(full.location, record_of(full.location))
+    record_of(full.location, KEY).write_bytes(GARBAGE[name])
+    assert_detected_and_rebuilt(full.location, record_of(full.location, KEY))
 
 
 @pytest.mark.parametrize("kind", ["record", "blob"])
 def test_directory_in_place_of_a_file(full, kind):
-    victim = record_of(full.location) if kind == "record" else blobs_of(full.location)[0]
+    victim = record_of(full.location, KEY) if kind == "record" else blobs_of(full.location)[0]
     victim.unlink()
     (victim / "inside").mkdir(parents=True)
     assert_detected_and_rebuilt(full.location, victim)
 
 
 def test_pipe_in_place_of_a_file_does_not_block(full):
-    victim = record_of(full.location)
+    victim = record_of(full.location, KEY)
     victim.unlink()
     os.mkfifo(victim)
     assert_detected_and_rebuilt(full.location, victim)
 
 
 def test_file_in_place_of_a_shard_directory(full):
-    shard = record_of(full.location).parent
+    shard = record_of(full.location, KEY).parent
     shutil.rmtree(shard)
     shard.write_bytes(b"x")
     assert full.get(KEY) is None
@@ -291,17 +266,14 @@ def test_file_in_place_of_a_shard_directory(full):
 
 def test_missing_blob(full):
     blobs_of(full.location)[0].unlink()
-    assert_detected_and_rebuilt(full.location, record_of(full.location))
+    assert_detected_and_rebuilt(full.location, record_of(full.location, KEY))
 
 
 def forge(path: Path, change) -> None:
-    """Rewrite a record with a checksum that fits: only the meaning is wrong."""
+    """Change what a record says, with a checksum that fits."""
     body = json.loads(path.read_bytes())
-    body.pop("checksum")
     change(body)
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    body["checksum"] = hashlib.sha256(canonical.encode()).hexdigest()
-    path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+    path.write_bytes(forged(body))
 
 
 @pytest.mark.parametrize(
@@ -320,12 +292,12 @@ def forge(path: Path, change) -> None:
     ],
 )
 def test_forged_records(full, change):
-    forge(record_of(full.location), change)
-    assert_detected_and_rebuilt(full.location, record_of(full.location))
+    forge(record_of(full.location, KEY), change)
+    assert_detected_and_rebuilt(full.location, record_of(full.location, KEY))
 
 
 def test_a_record_of_a_later_version_is_no_damage(full):
-    path = record_of(full.location)
+    path = record_of(full.location, KEY)
     forge(path, lambda body: body.update(format=2, more="of it"))
     stored = snapshot(full.location)
     with pytest.warns(DamagedEntryWarning, match="record format 2, this version reads format 1"):
@@ -337,28 +309,28 @@ def test_a_record_of_a_later_version_is_no_damage(full):
 
 
 def test_a_changed_value_is_told_by_the_checksum(full):
-    path = record_of(full.location)
+    path = record_of(full.location, KEY)
     path.write_bytes(path.read_bytes().replace(b"12.5", b"12.6"))
     with pytest.raises(DamagedEntry, match="checksum"):
         full.find(KEY.digest)
 
 
 def test_forge_without_a_change_is_accepted(full):
-    forge(record_of(full.location), lambda body: None)
+    forge(record_of(full.location, KEY), lambda body: None)
     assert full.get(KEY) is not None
 
 
 def test_record_under_another_name(full):
     other = CacheKey({"n": 9})
     record_of(full.location, other).parent.mkdir(exist_ok=True)
-    shutil.copy(record_of(full.location), record_of(full.location, other))
+    shutil.copy(record_of(full.location, KEY), record_of(full.location, other))
     with pytest.warns(DamagedEntryWarning, match="another key"):
         assert full.get(other) is None
 
 
 def test_read_checks_the_bytes_again(full):
     entry = full.get(KEY)
-    path = full.location / "v1/blobs" / entry.files["code.so"].sha256[:2] / entry.files["code.so"].sha256
+    path = blob_of(full.location)
     path.write_bytes(b"\1" + FILES["code.so"][1:])
     with pytest.raises(DamagedEntry, match=r"code\.so"):
         entry.read("code.so")
@@ -455,7 +427,7 @@ def test_read_only_reads_and_refuses(full):
 def test_location_that_cannot_be_created():
     with pytest.raises(CacheWriteError, match="expected to write") as caught:
         CompileCache("/proc/no-such-place/cache").require_writable()
-    assert "\n" not in str(caught.value)
+    one_line(caught.value)
 
 
 def test_require_writable_leaves_only_the_layout(cache):
@@ -491,14 +463,10 @@ def test_threads_build_one_key_once(cache):
         time.sleep(0.1)
         return build(directory)
 
-    def work():
+    def work(_):
         found.append(cache.get_or_build(KEY, slow))
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    in_threads(8, work, 20)
     assert len(built) == 1 and len(found) == 8 and len(set(found)) == 1
 
 

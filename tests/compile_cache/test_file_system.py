@@ -12,15 +12,9 @@ import pytest
 from compile_cache import CacheWriteError, CompileCache, DamagedEntryWarning, SigningKey
 from compile_cache.cli import run
 from compile_cache.usage import Usage, Use
-from tests.numbered import fill, kept, key, right, set_used
+from tests.entries import WEEK, fill, kept, key, one_line, right, set_used
 
-WEEK = 7 * 86_400.0
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return CompileCache(tmp_path / "cache")
 
 
 # ---- clocks ----------------------------------------------------------------------------------------------------------
@@ -111,7 +105,7 @@ def test_a_rename_that_was_not_done(cache, monkeypatch, nth):
         patch.setattr(os, "replace", no_such_file(os.replace, False, nth))
         with pytest.raises(CacheWriteError) as caught:
             fill(cache, 1)
-    assert "\n" not in str(caught.value) and kept(cache) == [0]
+    assert one_line(caught.value) and kept(cache) == [0]
     assert cache.verify().ok and cache.get(key(1)) is None and not os.listdir(cache.location / "v1/tmp")
     assert right(fill(cache, 1).get(key(1)), 1)
 

@@ -24,6 +24,7 @@ from compile_cache import (
     UntrustedEntryWarning,
 )
 from compile_cache.records import decode_record, encode_record
+from tests.entries import builder, contents, one_line, record_of
 
 SEED = 20240607
 CASES = {
@@ -54,13 +55,7 @@ FILES = {  # key name -> its files; two entries share a blob, two blobs have one
 
 
 def writes(name):
-    def build(directory):
-        for file, data in FILES[name].items():
-            (directory / file).parent.mkdir(exist_ok=True)
-            (directory / file).write_bytes(data)
-        return {"of": name}
-
-    return build
+    return builder(FILES[name], of=name)
 
 
 def flipped(data, rng):
@@ -118,7 +113,7 @@ class Filled:
             (location / "v1/tmp" / name).mkdir()
             (location / "v1/tmp" / name / "half").write_bytes(name.encode())
         self.files = {path: path.read_bytes() for path in sorted(location.rglob("*")) if path.is_file()}
-        self.records = {name: location / f"v1/actions/{key(name).digest[:2]}/{key(name).digest}.json" for name in FILES}
+        self.records = {name: record_of(location, key(name)) for name in FILES}
         self.needs = {name: {path, *self.blobs(path)} for name, path in self.records.items()}
         signed = {path for name, path in self.records.items() if name.startswith("signed")}
         under = {kind: location / "v1" / folder for kind, folder in PLACES.items()}
@@ -159,7 +154,7 @@ def got(cache, name):
 
 
 def assert_right(entry, name):
-    assert {file: entry.read(file) for file in entry.files} == FILES[name] and entry.notes == {"of": name}
+    assert contents(entry) == FILES[name] and entry.notes == {"of": name}
 
 
 def mutate(filled, kind, rng):
@@ -233,7 +228,7 @@ def bundle_outcome(cache, bundle):
     try:
         report = cache.import_bundle(bundle)
     except BundleError as error:
-        assert "\n" not in str(error) and str(error).startswith("expected")
+        assert one_line(error).startswith("expected")
         left = [path for path in cache.location.rglob("*") if path.is_file() or path.parent.name == "tmp"]
         assert [path.name for path in left if "locks" not in path.parts] in ([], ["CACHEDIR.TAG"])
         return "refused"

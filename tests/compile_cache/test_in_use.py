@@ -7,7 +7,6 @@ import errno
 import os
 import pickle
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -16,25 +15,11 @@ from pathlib import Path
 
 import pytest
 
-import compile_cache
 from compile_cache import CacheWriteError, CompileCache, DamagedEntryWarning, SigningKey
 from compile_cache.usage import Usage
-from tests.numbered import fill, kept, key, right, set_used, writes
+from tests.entries import WEEK, fill, kept, key, program, record_of, right, set_used, writes
 
-ROOT = Path(compile_cache.__file__).parents[1]
-WEEK = 7 * 86_400.0
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-def program(*arguments):
-    command = [sys.executable, __file__, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return CompileCache(tmp_path / "cache")
 
 
 # ---- in use ----------------------------------------------------------------------------------------------------------
@@ -42,7 +27,7 @@ def cache(tmp_path):
 
 def test_an_entry_of_another_process_stays_until_that_ends(cache):
     fill(cache, 0, 1)
-    holder = program("hold", cache.location, 0)
+    holder = program(__file__, "hold", cache.location, 0)
     try:
         assert holder.stdout.readline() == "held\n"
         report = cache.prune(max_bytes=1)
@@ -63,8 +48,7 @@ def test_an_entry_stays_readable_when_its_record_is_replaced(cache, replace):
     elif replace == "link":
         cache.link(key(0), cache.get(key(1)))
     else:
-        path = cache.location / f"v1/actions/{entry.digest[:2]}/{entry.digest}.json"
-        path.write_bytes(b"damaged")
+        record_of(cache.location, key(0)).write_bytes(b"damaged")
         with pytest.warns(DamagedEntryWarning):
             cache.get_or_build(key(0), writes(2))
     for remove in (cache.prune, lambda: cache.prune(max_bytes=1), cache.clean):
@@ -134,7 +118,7 @@ def test_the_least_recently_used_go_first_and_shared_content_stays(cache):
     assert len(cache.prune(max_bytes=size - 3 * 3000 - 100).removed) == 1 and kept(cache) == [0, 2, 4]
     assert cache.verify().ok and all(right(cache.get(key(n)), n) for n in kept(cache))
     for n in (0, 2):
-        (cache.location / f"v1/actions/{key(n).digest[:2]}/{key(n).digest}.json").unlink()
+        record_of(cache.location, key(n)).unlink()
     assert len(cache.verify().orphan_blobs) == 2
     assert cache.prune().orphans == 2 and right(cache.get(key(4)), 4)
 
@@ -156,7 +140,7 @@ def test_limits_that_cannot_be_applied_cost_no_entry(tmp_path, monkeypatch):
 
 def test_asking_what_would_go_makes_no_misses(cache):
     fill(cache, 0)
-    asking = program("ask", cache.location)
+    asking = program(__file__, "ask", cache.location)
     try:
         assert asking.stdout.readline() == "asking\n"
         assert sum(cache.get(key(0)) is None for _ in range(2000)) == 0 and asking.poll() is None
@@ -166,8 +150,8 @@ def test_asking_what_would_go_makes_no_misses(cache):
 
 
 def test_builders_and_removals_at_once(cache):
-    processes = [program("churn", cache.location, seed) for seed in range(3)]
-    processes.append(program("sweep", cache.location, 9))
+    processes = [program(__file__, "churn", cache.location, seed) for seed in range(3)]
+    processes.append(program(__file__, "sweep", cache.location, 9))
     for process in processes:
         out, err = process.communicate(timeout=100)
         assert process.returncode == 0, err

@@ -22,9 +22,8 @@ def fails(directory):
 
 
 @pytest.fixture
-def cache(tmp_path):
+def cache(cache):
     """A cache with one build, two hits, one failed build and, of four misses, one for damage."""
-    cache = CompileCache(tmp_path / "cache")
     cache.get_or_build(KEY, build)
     cache.get(KEY)
     cache.get(KEY)

@@ -18,6 +18,7 @@ from compile_cache import (
     RemoteError,
     SigningKey,
 )
+from tests.entries import contents, never
 from tests.remotes import (
     KEY,
     OTHER,
@@ -28,13 +29,11 @@ from tests.remotes import (
     blob_at,
     builder,
     clock,
-    contents,
     directory_place,
     files_of,
     filled,
     left_in_tmp,
     memory_place,
-    never,
     record_at,
     s3_server,
     warned,

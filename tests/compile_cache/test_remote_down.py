@@ -13,17 +13,16 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from compile_cache import CompileCache, Remote, RemoteError
+from tests.entries import ROOT, contents
 from tests.remotes import (
     KEY,
     OTHER,
     PRELUDE,
-    ROOT,
     THIRD,
     Place,
     Wire,
     builder,
     clock,
-    contents,
     files_of,
     filled,
     memory_place,

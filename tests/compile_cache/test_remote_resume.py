@@ -17,16 +17,15 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from compile_cache import CacheKey, CacheWriteError, CompileCache
+from tests.entries import ROOT, contents
 from tests.remotes import (
     KEY,
     OTHER,
     PRELUDE,
-    ROOT,
     Place,
     Wire,
     blob_at,
     clock,
-    contents,
     directory_place,
     files_of,
     filled,

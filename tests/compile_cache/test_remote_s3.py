@@ -10,6 +10,7 @@ import fsspec
 import pytest
 
 from compile_cache import CompileCache, Remote, RemoteError
+from tests.entries import contents, never
 from tests.remotes import (
     KEY,
     OTHER,
@@ -17,10 +18,8 @@ from tests.remotes import (
     Server,
     blob_at,
     builder,
-    contents,
     files_of,
     filled,
-    never,
     run,
     s3_server,
     warned,

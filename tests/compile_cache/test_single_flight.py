@@ -10,9 +10,7 @@ import os
 import random
 import select
 import signal
-import subprocess
 import sys
-import threading
 import time
 import traceback
 import uuid
@@ -24,26 +22,12 @@ from pathlib import Path
 import filelock
 import pytest
 
-import compile_cache
-from compile_cache import CacheKey, CompileCache
+from compile_cache import CompileCache
 from compile_cache.leases import locked
+from tests.entries import data, fill, in_threads, in_time, key, program, right, write
 
-ROOT = Path(compile_cache.__file__).parents[1]
 WORKERS, KEYS, KILLS = 8, 50, 30
 SOON = 2.0  # seconds within which a waiter has to take over
-
-
-def key(n):
-    return CacheKey({"n": n})
-
-
-def data(n):
-    return {"one": random.Random(n).randbytes(3000), "two": b"shared"}
-
-
-def write(directory, n):
-    for name, content in data(n).items():
-        (directory / name).write_bytes(content)
 
 
 class Log:
@@ -66,13 +50,13 @@ def worker(location, log, seed):
             name = uuid.uuid4().hex
             log("start", n, name)
             time.sleep(order.uniform(0.01, 0.06))
-            write(directory, n)
+            write(directory, data(n))
             log("finish", n, name)
             return {"build": name}
 
         entry = cache.get_or_build(key(n), build)
         log("got", n, entry.notes["build"])
-        if {name: entry.read(name) for name in entry.files} != data(n):
+        if not right(entry, n):
             log("wrong", n, "-")
     assert all(cache.get(key(n)) for n in range(KEYS))
     log("done", "-", "-")
@@ -115,19 +99,12 @@ def swarm(location, log_path, seed):
     print(json.dumps({"killed": killed, "failed": failed}))
 
 
-def program(*arguments, **options):
-    command = [sys.executable, __file__, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes, **options)
-
-
 pytestmark = pytest.mark.filterwarnings("error")
 
 
 def test_each_key_is_built_once_however_many_builders_are_killed(tmp_path):
     begun = time.monotonic()
-    process = program("swarm", tmp_path / "cache", tmp_path / "log", 7)
+    process = program(__file__, "swarm", tmp_path / "cache", tmp_path / "log", 7)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
@@ -156,19 +133,15 @@ def test_threads_build_each_key_once(tmp_path):
     def build(directory, n):
         built[n] += 1
         time.sleep(0.005)
-        write(directory, n)
+        write(directory, data(n))
 
     def work(seed):
         for n in random.Random(seed).sample(range(20), 20):
             entry = cache.get_or_build(key(n), lambda directory, n=n: build(directory, n))
-            wrong.extend(n for name in entry.files if entry.read(name) != data(n)[name])
+            if not right(entry, n):
+                wrong.append(n)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
+    in_threads(8, work)
     assert built == dict.fromkeys(range(20), 1) and not wrong
     assert cache.stats.builds == 20 and cache.verify().ok
 
@@ -192,7 +165,7 @@ def hold(location, child_too):
 def take_over(location):
     def build(directory):
         print("building", time.monotonic(), flush=True)
-        write(directory, 0)
+        write(directory, data(0))
 
     print("waiting", flush=True)
     CompileCache(location).get_or_build(key(0), build)
@@ -207,11 +180,11 @@ def line_of(process, seconds=30):
 def test_a_waiter_takes_over_at_once(tmp_path, child_too):
     if child_too and int(filelock.__version__.split(".")[0]) < 4:
         pytest.skip("this filelock leaves the lock to a forked child")
-    holder = program("hold", tmp_path, child_too, start_new_session=True)
+    holder = program(__file__, "hold", tmp_path, child_too, start_new_session=True)
     waiters = []
     try:
         assert line_of(holder) == ["building"]
-        waiters = [program("take_over", tmp_path) for _ in range(3)]
+        waiters = [program(__file__, "take_over", tmp_path) for _ in range(3)]
         assert [line_of(waiter) for waiter in waiters] == [["waiting"]] * 3
         time.sleep(0.5)
         assert not any(waiter.poll() for waiter in waiters)
@@ -233,17 +206,13 @@ def test_a_waiter_takes_over_at_once(tmp_path, child_too):
 
 
 def test_a_forked_child_keeps_no_lock_of_the_store(tmp_path):
-    cache = CompileCache(tmp_path)
-    cache.get_or_build(key(0), lambda directory: write(directory, 0))
-    store = program("fork_in_lock", tmp_path, start_new_session=True)
+    cache = fill(CompileCache(tmp_path), 0)
+    store = program(__file__, "fork_in_lock", tmp_path, start_new_session=True)
     try:
         assert line_of(store) == ["held"]
         os.kill(store.pid, signal.SIGKILL)
         store.wait(10)
-        thread = threading.Thread(target=cache.prune, daemon=True)
-        thread.start()
-        thread.join(20)
-        assert not thread.is_alive()
+        in_time(cache.prune, 20)
     finally:
         os.killpg(store.pid, signal.SIGKILL)
         store.communicate()
@@ -263,8 +232,7 @@ def fork_in_lock(location):
 
 
 def test_readers_wait_for_no_writer(tmp_path):
-    cache = CompileCache(tmp_path)
-    cache.get_or_build(key(1), lambda directory: write(directory, 1))
+    cache = fill(CompileCache(tmp_path), 1)
     seconds = []
 
     def read():
@@ -273,22 +241,16 @@ def test_readers_wait_for_no_writer(tmp_path):
             assert cache.get(key(1)).read("one") == data(1)["one"] and cache.get(key(0)) is None
             seconds.append(time.monotonic() - begun)
 
-    def in_time(count):
-        thread = threading.Thread(target=read, daemon=True)
-        thread.start()
-        thread.join(10)
-        return len(seconds) == count
-
-    holder = program("hold", tmp_path, "")
+    holder = program(__file__, "hold", tmp_path, "")
     try:
         assert line_of(holder) == ["building"]  # it holds the lock of its key
-        assert in_time(20)
+        in_time(read)
     finally:
         holder.kill()
         holder.communicate()
     with locked(tmp_path / "v1/locks/store", shared=False):  # as a removal does
-        assert in_time(40)
-    assert sorted(seconds)[len(seconds) // 2] < 0.5
+        in_time(read)
+    assert len(seconds) == 40 and sorted(seconds)[len(seconds) // 2] < 0.5
 
 
 if __name__ == "__main__":

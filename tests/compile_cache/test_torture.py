@@ -18,10 +18,9 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import compile_cache
 from compile_cache import CacheKey, CompileCache, SigningKey
+from tests.entries import ROOT, builder, contents
 
-ROOT = Path(compile_cache.__file__).parents[1]
 KILLS = 200
 NAMES = {"replace", "unlink", "link"}  # calls that change what a name means
 CALLS = NAMES | {"open", "write", "flush", "fsync", "close", "chmod", "mkdir", "rmdir", "flock"}
@@ -51,13 +50,7 @@ def content(name):
 
 
 def writes(name):
-    def build(directory):
-        for file, data in content(name).items():
-            (directory / file).parent.mkdir(parents=True, exist_ok=True)
-            (directory / file).write_bytes(data)
-        return {"content": str(name)}
-
-    return build
+    return builder(content(name), content=str(name))
 
 
 class Torture:
@@ -147,7 +140,7 @@ class Torture:
             if entry is None:
                 self.report["lost"] += name not in removable and None not in right
                 continue
-            found = {file: entry.read(file) for file in entry.files}
+            found = contents(entry)
             seen[name] = next((item for item in right if item is not None and content(item) == found), None)
             self.report["wrong"] += seen[name] is None
             if name not in self.held:
