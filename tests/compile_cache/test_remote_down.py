@@ -259,6 +259,7 @@ def test_a_hanging_call_does_not_hold_up_the_end_of_the_process(tmp_path, code, 
 
 
 CTRL_C = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
 from fsspec.implementations.memory import MemoryFileSystem
 import compile_cache.remote
 compile_cache.remote.CHUNK = 1000

@@ -87,7 +87,7 @@ def test_an_artifact_changed_between_check_and_load_is_refused(
     """The bytes that are loaded are the bytes whose checksum was verified."""
     handle = accelerate_strict(make_pipe(), own_cache)
     handle.explain(128, 192, STEPS)  # entries are verified and remembered here
-    monkeypatch.setattr(unpacked, "_directory", None)  # nothing is unpacked yet
+    monkeypatch.setattr(unpacked._Own, "directory", None)  # nothing is unpacked yet
     for path in files_of(own_cache, "blobs"):
         flip(path, 1000)
     with pytest.raises(Exception, match=r"expected .* stored bytes"):
