@@ -153,7 +153,13 @@ def patched_again(pipe: Any, change: str) -> None:
         ah.apply_hidiffusion(pipe, config=CONFIG)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+# One of each kind always; the others are slow.
+KINDS = ("lora loaded", "weights in place", "new parameters", "another checkpoint's unet", "another vae", "freeu")
+
+
+@pytest.mark.parametrize(
+    "change", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES]
+)
 def test_the_image_is_right_after_a_change_and_after_it_is_taken_back(twins: Any, change: str) -> None:
     handle, eager = twins
     make, undo, served, neutral = CHANGES[change]
@@ -185,7 +191,7 @@ def test_nothing_is_bound_again_while_nothing_changes(twins: Any) -> None:
             image(handle.pipe)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 3])
 def test_images_per_prompt_are_served(twins: Any, number: int) -> None:
     handle, eager = twins
     with handle.stats.expect(eager_calls=0, compiles=0):
@@ -278,6 +284,7 @@ def test_every_weight_of_the_decoder_counts(twins: Any) -> None:
             assert relative_difference(got, want) < 1e-3, ours.shape
 
 
+@pytest.mark.slow
 def test_an_artifact_with_weights_in_it_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accel_hidiff.backends import aot
 

@@ -63,8 +63,10 @@ def right() -> torch.Tensor:
     return image(pipe)
 
 
-@pytest.mark.parametrize("path", ["unet.mid_block", "unet.down_blocks.1.attentions.0", "vae.decoder"])
-@pytest.mark.parametrize("when", ["first call", "later"])
+@pytest.mark.parametrize(
+    ("path", "when"),
+    [("unet.mid_block", "first call"), ("unet.down_blocks.1.attentions.0", "later"), ("vae.decoder", "later")],
+)
 def test_an_artifact_that_fails_runs_eager_and_is_not_used_again_until_verified(
     cache_dir: Path, faults: Faults, right: torch.Tensor, path: str, when: str
 ) -> None:
@@ -121,7 +123,7 @@ def test_a_package_that_does_not_load_runs_eager(cache_dir: Path, monkeypatch: A
     assert handle.stats.hits == 0 and any("no such symbol" in reason for reason in handle.stats.rejected)
 
 
-@pytest.mark.parametrize("when", range(STEPS))
+@pytest.mark.parametrize("when", [0, 1, STEPS - 1])  # in each phase
 def test_a_request_that_raises_leaves_the_next_one_right(cache_dir: Path, right: torch.Tensor, when: int) -> None:
     handle = served(cache_dir, on_miss="error")
 
