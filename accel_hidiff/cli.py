@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_pixels, check_steps
+from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_steps
+from accel_hidiff.deploy import parse_size
 from accel_hidiff.errors import AccelHiDiffError, BadInput, CompileFailed, PatchConflict
 from accel_hidiff.schedule import running_steps
 from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey
@@ -65,7 +65,6 @@ Trust = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 _CACHE = Path("compile-cache")
-_SIZE = re.compile(r"\s*(-?\d+)\s*[xX]\s*(-?\d+)\s*")
 
 
 @app.callback()
@@ -76,19 +75,6 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) from "WIDTHxHEIGHT".
-
-    >>> parse_size("2688x1536")
-    (1536, 2688)
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise BadInput(f"--size: expected WIDTHxHEIGHT in pixels, such as 2688x1536, got {text!r}")
-    width, height = int(match[1]), int(match[2])
-    return check_pixels(height, width)
 
 
 @app.command()
