@@ -30,7 +30,7 @@ def open_deployed_cache(table: CacheTable, *, signing: bool = False) -> CompileC
     if signer is not None and not trust:
         trust = [str(signer.public)]
     remote = None if table.remote is None else Remote(table.remote, push=table.push and signing)
-    options = {"trust": trust, "remote": remote, "sign_with": signer, "max_bytes": table.max_bytes}
+    options: dict[str, Any] = {"trust": trust, "remote": remote, "sign_with": signer, "max_bytes": table.max_bytes}
     return open_cache(Path(table.location), new=True, **options)
 
 
@@ -72,7 +72,7 @@ def open_deployed_model(
 def _scheduler(name: str, config: Any) -> Any:
     import diffusers
 
-    kind = getattr(diffusers, name, None)
+    kind: Any = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise BadInput(f"models.scheduler: expected the name of a diffusers scheduler class, got {name!r}")
     return kind.from_config(config)
