@@ -28,6 +28,7 @@ _HOME = {
     "Inversion": "cfgpp.inversion",
     "accelerate": "pipeline",
     "Handle": "pipeline",
+    "CompilePool": "compiling.pool",
     "SizeWarning": "errors",
     "AccelHiDiffError": "errors",
     "BadInput": "errors",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from accel_hidiff.regions import Region, RegionGraph, Sizes, bucket_of, example_
 from accel_hidiff.stats import Stats
 from accel_hidiff.topology import Topology
 from compile_cache import CacheKey, CompileCache, CompileCacheError, Entry
+
+Graphs = list[tuple[RegionGraph, Sizes]]
 
 _ALIGNMENT = 16  # bytes; compiled code may load this much at once
 
@@ -67,9 +68,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Missing:
-    """A region graph that the cache does not hold, and what it holds instead."""
+    """A region graph that the cache does not hold: where, and what it holds instead."""
 
-    graph: RegionGraph
     reason: str
 
 
@@ -151,9 +151,7 @@ class Binder:
             self.stats.compiles += prepared.compiled
         return prepared.compiled
 
-    def bind_all(
-        self, graphs: Sequence[tuple[RegionGraph, Sizes]], compile_missing: bool
-    ) -> dict[str, BoundCall] | Missing | Reject:
+    def bind_all(self, graphs: Graphs, compile_missing: bool) -> dict[str, BoundCall] | Missing | Reject:
         """Calls for all regions of a UNet graph, by path; or the first one that is missing or does not fit.
 
         Raises:
@@ -164,15 +162,19 @@ class Binder:
                 key = self.key(graph)
                 if self.entry(key) is None:
                     assert self.cache is not None
-                    return Missing(graph, self.cache.explain(key))
+                    return Missing(f"{graph.region.path}: {self.cache.explain(key)}")
         calls = {}
         for graph, sizes in graphs:
             key = self.key(graph)
             if (known := self._failed.get(key.digest)) is not None:
                 return Reject(known.reason)
-            self.prepare(graph)
+            if compile_missing:
+                self.prepare(graph)
+            entry = self.entry(key)
+            if entry is None and self.backend.persistent:  # it was there a moment ago
+                return Missing(f"{graph.region.path}: artifact {key.short} is not in the cache any more")
             try:
-                bound = self._bind(graph, key, self.entry(key))
+                bound = self._bind(graph, key, entry)
             except ArtifactFailed as failed:
                 self.quarantine(failed)
                 return Reject(failed.reason)
@@ -183,6 +185,29 @@ class Binder:
                 return decision
             calls[graph.region.path] = BoundCall(bound, graph.region, key, sizes)
         return calls
+
+    def missing(self, graphs: Graphs) -> list[tuple[RegionGraph, CacheKey]]:
+        """The graphs that the cache does not hold, each key once."""
+        found = {(key := self.key(graph)).digest: (graph, key) for graph, _ in graphs}
+        return [(graph, key) for graph, key in found.values() if self.entry(key) is None]
+
+    def widened(self, graphs: Graphs) -> Graphs | None:
+        """The same regions with a graph of a symbolic range in place of each exact one that is missing; None if the
+        cache does not hold all of these, or one does not cover its sizes."""
+        wider: Graphs = []
+        for graph, sizes in graphs:
+            chosen = graph
+            if self.entry(self.key(graph)) is None:
+                bucket = bucket_of(graph.region, graph.traits, sizes, "symbolic", self.backend.smallest_symbolic)
+                examples = example_sizes(bucket, sizes)
+                chosen = replace(graph, bucket=bucket, example_sizes=examples)
+                entry = self.entry(self.key(chosen))
+                if entry is None:
+                    return None
+                if isinstance(judge_sizes(graph.region.path, self.backend.served(entry), sizes), Reject):
+                    return None
+            wider.append((chosen, sizes))
+        return wider
 
     def is_bound(self, graph: RegionGraph) -> bool:
         """True if the graph is loaded and bound to its region's weights."""
@@ -214,10 +239,10 @@ class Binder:
                     found[digest] = "missing or damaged" if self.cache is None else self.cache.explain(failed.key)
         return found
 
-    def forget_bindings(self) -> None:
-        """Weights were replaced or the structure changed: nothing that is bound may be used again."""
+    def forget_bindings(self, path: str) -> None:
+        """Weights of a region were replaced or its structure changed: nothing bound to it may be used again."""
         with self._lock:
-            self._bound.clear()
+            self._bound = {name: bound for name, bound in self._bound.items() if name[0] != path}
 
     def _bind(self, graph: RegionGraph, key: CacheKey, entry: Entry | None) -> BoundRegion | None:
         name = (graph.region.path, key.digest)

@@ -72,7 +72,8 @@ def open_deployed_model(
 def _scheduler(name: str, config: Any) -> Any:
     import diffusers
 
-    kind: Any = getattr(diffusers, name, None)
+    kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise BadInput(f"models.scheduler: expected the name of a diffusers scheduler class, got {name!r}")
-    return kind.from_config(config)
+    chosen: Any = kind
+    return chosen.from_config(config)

@@ -7,21 +7,24 @@ applies the user's `on_miss`. The hot path is one dictionary lookup; which calls
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from accel_hidiff.binder import ArtifactFailed, Binder, BoundCall, Missing
+from accel_hidiff.background import Background
+from accel_hidiff.binder import ArtifactFailed, Binder, BoundCall, Graphs, Missing
 from accel_hidiff.errors import BadInput, GraphMiss
 from accel_hidiff.fingerprint import ModuleState
 from accel_hidiff.guard import CallFacts, Reject, judge_call
-from accel_hidiff.regions import Region, RegionGraph, Sizes
+from accel_hidiff.regions import Region
 from compile_cache import UnstableFactor
 
-ON_MISS = ("compile", "eager", "error")
+ON_MISS = ("compile", "background", "eager", "error")
 
-Graphs = list[tuple[RegionGraph, Sizes]]
+_MAX_NAMES = 1024  # kinds of calls that the table holds
+
+Name = tuple[Hashable, ...]  # of a call; the name of the model comes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +41,20 @@ class Dispatcher:
 
     Args:
         binder: makes calls out of region graphs.
-        on_miss: "compile", "eager" or "error".
+        on_miss: "compile", "background", "eager" or "error".
         hint: a command that fills a gap.
+
+    Attributes:
+        background: has missing graphs compiled under `on_miss="background"`.
     """
 
     def __init__(self, binder: Binder, on_miss: str, hint: str) -> None:
         self.binder = binder
         self.on_miss = on_miss
+        self.background: Background | None = None
         self._hint = hint
         self._models: dict[str, tuple[nn.Module, list[Region]]] = {}
-        self._graphs: dict[Hashable, Graph] = {}
+        self._graphs: dict[Name, Graph] = {}
         self._states: dict[str, ModuleState] = {}
         self._checked = _Checked()
         self._lock = threading.RLock()
@@ -58,7 +65,7 @@ class Dispatcher:
 
     def forget_models(self) -> None:
         """Others are registered in their place; what has no weights of its own stays."""
-        self._forget()
+        self._forget(list(self._models))
         self._states.clear()
         self._models = {name: held for name, held in self._models.items() if not list(held[0].parameters())}
 
@@ -73,18 +80,20 @@ class Dispatcher:
         with self._lock:
             self._graphs = {name: graph for name, graph in self._graphs.items() if not graph.missing}
 
-    def graph(self, name: Hashable, facts: Callable[[], CallFacts], graphs: Callable[[], Graphs]) -> Graph:
+    def graph(self, name: Name, facts: Callable[[], CallFacts], graphs: Callable[[], Graphs]) -> Graph:
         """What serves the calls of this name; `facts` and `graphs` are asked for when it is new."""
         found = self._graphs.get(name)
         if found is None:
-            found = self._graphs[name] = self._resolve(facts(), graphs)
+            found = self._graphs.setdefault(name, self._resolve(name, facts(), graphs))  # it may have arrived already
+            if len(self._graphs) > _MAX_NAMES:
+                self._graphs.pop(next(iter(self._graphs)), None)  # the oldest; it is made again when it is called
         stats = self.binder.stats
         if found.calls:
             stats.hits += 1
         else:
             stats.eager_calls += 1
             if found.reason is not None:
-                stats.rejected[found.reason] += 1
+                stats.reject(found.reason)
         return found
 
     # Once per request
@@ -97,9 +106,9 @@ class Dispatcher:
         """
         changed = [name for name in names or self._models if self._changed(name)]
         if changed:
-            self._forget()
+            self._forget(changed)
 
-    def forget_missing(self, name: Hashable) -> None:
+    def forget_missing(self, name: Name) -> None:
         """The next call of this name looks again whether its graph is there."""
         if (graph := self._graphs.get(name)) is not None and graph.missing:
             self._graphs.pop(name, None)
@@ -109,26 +118,28 @@ class Dispatcher:
         previous, self._states[name] = self._states.get(name), state
         return previous is not None and previous != state
 
-    def _forget(self) -> None:
-        """Something of a model was replaced: whatever was bound or keyed may be another thing now."""
+    def _forget(self, models: Sequence[str]) -> None:
+        """Something of these models was replaced: whatever was bound or keyed of them may be another thing now."""
         with self._lock:
-            for _, regions in self._models.values():
-                for region in regions:
+            for model in models:
+                for region in self._models[model][1]:
                     region.forget()
-            self.binder.forget_bindings()
-            self._graphs = {}
+                    self.binder.forget_bindings(region.path)
+            self._graphs = {name: graph for name, graph in self._graphs.items() if name[0] not in models}
+            if self.background is not None:
+                self.background.forget_models(models)
 
     # Slow path
 
     def load(self, graphs: Graphs) -> None:
         """Binds graphs before a call asks for them; GraphMiss under `on_miss="error"`."""
         if self.binder.backend.name != "eager":
-            self._bind(lambda: graphs)
+            self._bind(None, lambda: graphs)
 
     def refuse(self, reason: str, missing: bool = False) -> Graph:
         """A graph that runs eager for a reason; GraphMiss under `on_miss="error"`."""
         if self.on_miss == "error":
-            self.binder.stats.rejected[reason] += 1
+            self.binder.stats.reject(reason)
             raise GraphMiss(f"no compiled graph serves this call: {reason}")
         return Graph(reason=reason, missing=missing)
 
@@ -136,7 +147,7 @@ class Dispatcher:
         """A call, or a part of one, that has its graph and cannot use it runs eager; GraphMiss under "error"."""
         self.refuse(reason)
         stats = self.binder.stats
-        stats.rejected[reason] += 1
+        stats.reject(reason)
         if whole_call:
             stats.hits -= 1
             stats.eager_calls += 1
@@ -165,27 +176,48 @@ class Dispatcher:
             self._graphs = {}
             return self.binder.verify()
 
-    def _resolve(self, facts: CallFacts, graphs: Callable[[], Graphs]) -> Graph:
+    def _resolve(self, name: Name, facts: CallFacts, graphs: Callable[[], Graphs]) -> Graph:
         decision = judge_call(facts)
         if isinstance(decision, Reject):
             return self.refuse(decision.reason)
         if self.binder.backend.name == "eager":
             return Graph()
-        return self._bind(graphs)
+        return self._bind(name, graphs)
 
-    def _bind(self, graphs: Callable[[], Graphs]) -> Graph:
+    def _bind(self, name: Name | None, graphs: Callable[[], Graphs]) -> Graph:
         with self._lock:
             try:
-                found = self.binder.bind_all(graphs(), compile_missing=self.on_miss == "compile")
+                wanted = graphs()
+                found = self.binder.bind_all(wanted, compile_missing=self.on_miss == "compile")
             except UnstableFactor as problem:
                 return self.refuse(str(problem))
+            if isinstance(found, Missing):
+                self.binder.stats.misses += 1
+                if self.background is not None:
+                    return self._meanwhile(name, graphs, wanted, found)
         if isinstance(found, Missing):
-            self.binder.stats.misses += 1
-            reason = f"{found.graph.region.path}: {found.reason}"
-            return self.refuse(f"{reason}; to fill the gap: {self._hint}", missing=True)
+            return self.refuse(f"{found.reason}; to fill the gap: {self._hint}", missing=True)
         if isinstance(found, Reject):
             return self.refuse(found.reason)
         return Graph(found)
+
+    def _meanwhile(self, name: Name | None, graphs: Callable[[], Graphs], wanted: Graphs, missing: Missing) -> Graph:
+        """Has what is missing compiled in the background; the call is served by wider graphs until then, or eager."""
+        assert self.background is not None
+        wider = self.binder.widened(wanted)
+        found = self.binder.bind_all(wider, compile_missing=False) if wider is not None else None
+        told = self.background.ask(name, self.binder.missing(wanted), lambda: self._arrived(name, graphs))
+        if isinstance(found, dict):
+            return Graph(found)
+        return self.refuse(f"{missing.reason}; {told}", missing=True)
+
+    def _arrived(self, name: Name | None, graphs: Callable[[], Graphs]) -> None:
+        """All graphs of a call are in the cache: the next call of this name runs them, never one under way."""
+        with self._lock:
+            found = self.binder.bind_all(graphs(), compile_missing=False)
+            if isinstance(found, dict) and name is not None:
+                self._graphs[name] = Graph(found)
+                self.binder.stats.background["swapped"] += 1
 
 
 class _Checked(threading.local):

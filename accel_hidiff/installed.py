@@ -9,6 +9,7 @@ from accel_hidiff.config import HiDiffusionConfig
 from accel_hidiff.control import find_controlnets
 from accel_hidiff.dispatch import Dispatcher
 from accel_hidiff.patching import Patch, install
+from accel_hidiff.regions import Region
 from accel_hidiff.served import ServedControlNet, ServedDecoder, ServedUNet
 from accel_hidiff.undo import UndoLog
 
@@ -41,7 +42,7 @@ class Installed:
         self._pipe = pipe
         self._dispatcher = dispatcher
         self._config = config
-        self._regions = regions
+        self.regions_kind = regions
         self._told = family, task
         self._undo = UndoLog()
         self._vae: Any = None
@@ -58,8 +59,10 @@ class Installed:
             UnknownLayout, BadInput, AccelHiDiffError: the pipeline's models are not what they should be.
         """
         pipe, dispatcher = self._pipe, self._dispatcher
-        unet = ServedUNet(dispatcher, self._regions)
-        nets = [ServedControlNet(dispatcher, path, net, self._regions) for path, net in find_controlnets(pipe).items()]
+        unet = ServedUNet(dispatcher, self.regions_kind)
+        nets = [
+            ServedControlNet(dispatcher, path, net, self.regions_kind) for path, net in find_controlnets(pipe).items()
+        ]
 
         def region_layer(patch: Patch, undo: UndoLog) -> None:
             unet.install(patch, undo)
@@ -72,6 +75,17 @@ class Installed:
         if self._vae is not None and hasattr(self._vae, "decoder"):
             self.decoder.install(self._vae, self._undo)
         self.patch.follow = self._follow
+
+    def regions(self) -> dict[str, Region]:
+        """Every region by its path."""
+        own = self.patch.function_ids()
+        found: dict[str, Region] = {}
+        for region in (*self.unet.regions, *(region for net in self.controlnets for region in net.regions)):
+            region.own_forwards = own
+            found[region.path] = region
+        if self.decoder.region is not None:
+            found[self.decoder.region.path] = self.decoder.region
+        return found
 
     def check_removable(self) -> None:
         """PatchConflict if somebody else replaced a patched attribute since."""

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from accel_hidiff.backends import create_backend
-from accel_hidiff.binder import Binder
+from accel_hidiff.background import Background
+from accel_hidiff.binder import Binder, Graphs
 from accel_hidiff.cfgpp.compiled import CompiledStep
 from accel_hidiff.cfgpp.guidance import Guidance, apply_cfgpp
+from accel_hidiff.compiling.blueprint import Blueprint
+from accel_hidiff.compiling.pool import CompilePool, default_pool
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_choice, check_pixels
-from accel_hidiff.dispatch import ON_MISS, Dispatcher, Graphs
+from accel_hidiff.dispatch import ON_MISS, Dispatcher
 from accel_hidiff.errors import BadInput
-from accel_hidiff.explain import ExplainRow, Explanation, PrecompileEvent, PrecompileReport
+from accel_hidiff.explain import ExplainRow, Explanation, PrecompileReport
 from accel_hidiff.installed import Installed
 from accel_hidiff.patching import Patch, find_unet
+from accel_hidiff.precompile import Needed, Progress, compile_needed
 from accel_hidiff.regions import RegionGraph
 from accel_hidiff.schedule import LATENT_CELL, Phase, control_steps, running_steps
 from accel_hidiff.served import REGIONS, ServedControlNet
@@ -35,8 +38,6 @@ _NO_HIDIFFUSION = HiDiffusionConfig(windowed=False, pooled=False, dilated=False)
 _HANDLE = "_accel_hidiff_handle"
 SHAPES = ("symbolic", "exact")
 _TEXT_TOKENS = 77  # of CLIP
-
-Progress = Callable[[PrecompileEvent], None]
 
 
 class Handle:
@@ -89,6 +90,7 @@ class Handle:
         *,
         batch_sizes: Sequence[int] = (1, 2),
         strength: float = 1.0,
+        jobs: int | None = None,
         progress: Progress | None = None,
     ) -> PrecompileReport:
         """Compiles every graph that requests of these sizes need, into the cache. Can be stopped and called again.
@@ -98,6 +100,7 @@ class Handle:
             num_inference_steps: steps of a request's schedule, at least 1: they decide which topologies occur.
             batch_sizes: UNet batches, guidance counted (1 image with guidance: 2).
             strength: of image-to-image and inpainting requests.
+            jobs: compile in so many processes, and in none of them with weights; None: in this process.
             progress: called once before and once after each artifact.
 
         Raises:
@@ -106,43 +109,70 @@ class Handle:
             compile_cache.CacheWriteError: the cache cannot be written.
             compile_cache.RemoteError: the cache sends what it stores to a remote that does not take it.
         """
-        start = time.perf_counter()
         checked = self._check(sizes, batch_sizes)
         steps = running_steps(num_inference_steps, strength)
         binder = self._dispatcher.binder
         if binder.cache is not None and binder.backend.persistent:
             binder.cache.require_writable()
+        with ExitStack() as stack:
+            stack.enter_context(_decoder_precision(self.pipe, self._dispatcher))
+            needed = Needed.of(binder, self._all_graphs(checked, steps, batch_sizes))
+            own = None if jobs is None else stack.enter_context(CompilePool(jobs, niceness=0))
+            return compile_needed(binder, needed, progress, own, self.blueprint)
+
+    def needed(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        num_inference_steps: Sequence[int] = (30,),
+        *,
+        batch_sizes: Sequence[int] = (1, 2),
+        strengths: Sequence[float] = (1.0,),
+    ) -> Needed:
+        """The graphs that requests of these sizes, steps and strengths need together.
+
+        Arguments as in `precompile`, several of each.
+        """
+        checked = self._check(sizes, batch_sizes)
         with _decoder_precision(self.pipe, self._dispatcher):
-            calls = list(self._all_graphs(checked, steps, batch_sizes))
-            distinct: dict[str, RegionGraph] = {}
-            for graphs in calls:
-                for graph, _ in graphs:
-                    name = binder.key(graph).digest if binder.backend.persistent else graph.region.path
-                    distinct.setdefault(name, graph)
-            compiled = 0
-            for number, graph in enumerate(distinct.values(), 1):
-                began = time.perf_counter()
-                if progress is not None:
-                    progress(PrecompileEvent(number, len(distinct), graph.region.path, "compiling"))
-                made = binder.prepare(graph)
-                compiled += made
-                if progress is not None:
-                    state = "compiled" if made else "shared"
-                    seconds = time.perf_counter() - began
-                    progress(PrecompileEvent(number, len(distinct), graph.region.path, state, seconds))
-            entries = [entry for graph in distinct.values() if (entry := binder.entry(binder.key(graph))) is not None]
-        if binder.cache is not None and binder.cache.remote is not None and binder.cache.remote.push:
-            binder.cache.push(entry.digest for entry in entries)  # those that were here before, too
-        blobs = {ref.sha256: ref.size for entry in entries for ref in entry.files.values()}
-        return PrecompileReport(
-            graphs=len(calls),
-            regions=sum(len(graphs) for graphs in calls),
-            artifacts=len(distinct),
-            compiled=compiled,
-            found=len(distinct) - compiled,
-            bytes=sum(blobs.values()),
-            seconds=time.perf_counter() - start,
-        )
+            ways = dict.fromkeys(running_steps(n, s) for n in num_inference_steps for s in strengths)
+            calls = (graphs for steps in ways for graphs in self._all_graphs(checked, steps, batch_sizes))
+            return Needed.of(self._dispatcher.binder, calls)
+
+    def compile_needed(
+        self, needed: Needed, pool: CompilePool | None = None, progress: Progress | None = None
+    ) -> PrecompileReport:
+        """Compiles what of these graphs is missing; see `accel_hidiff.precompile.compile_needed`."""
+        with _decoder_precision(self.pipe, self._dispatcher):
+            return compile_needed(self._dispatcher.binder, needed, progress, pool, self.blueprint)
+
+    def missing(self, needed: Needed) -> dict[str, str]:
+        """What of these graphs the cache does not hold: key digest -> region and reason."""
+        binder = self._dispatcher.binder
+        if binder.cache is None or not binder.backend.persistent:
+            return {}
+        found = needed.missing(binder)
+        return {
+            digest: f"{graph.region.path}: {binder.cache.explain(binder.key(graph))}" for digest, graph in found.items()
+        }
+
+    def blueprint(self) -> Blueprint:
+        """The models without their weights, for a compiling process.
+
+        Raises:
+            CompileFailed: something in the models cannot go to another process.
+        """
+        patch = self.patch
+        told = {"family": patch.family.name, "task": patch.task, "backend": self._dispatcher.binder.backend.name}
+        return Blueprint.of(self.pipe, config=patch.config, regions=self._installed.regions_kind, **told)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until nothing that requests missed is queued or compiled in the background any more.
+
+        Returns:
+            False if that took longer than `timeout` seconds.
+        """
+        background = self._dispatcher.background
+        return background is None or background.wait(timeout)
 
     def load(
         self,
@@ -243,6 +273,8 @@ class Handle:
             self._guidance.check_removable()
         if self._sealed:
             torch.compiler.set_stance("default")
+        if self._dispatcher.background is not None:
+            self._dispatcher.background.close()
         self._undo.undo()
         if self._guidance is not None:
             self._guidance.remove()
@@ -328,6 +360,9 @@ class Handle:
         elif missing:
             assert binder.cache is not None
             state = f"missing {len(missing)} of {len(distinct)} artifacts"
+            background = self._dispatcher.background
+            if background is not None and (told := background.state(missing)):
+                state += f" ({told})"
             reason = binder.cache.explain(missing[0])
         else:
             state = "loaded" if all(binder.is_bound(graph) for graph, _ in graphs) else "cached"
@@ -357,6 +392,7 @@ def accelerate(
     shapes: str = DEFAULT_SHAPES,
     family: str | None = None,
     task: str | None = None,
+    background: CompilePool | None = None,
 ) -> Handle:
     """Makes a diffusers pipeline serve compiled graphs. `pipe(...)` is called as before.
 
@@ -367,14 +403,18 @@ def accelerate(
         cache: a `CompileCache` or its directory; needed by backend "aot".
         backend: "aot" (ahead of time, kept in the cache), "inductor" (`torch.compile`, compiled in every process) or
             "eager" (nothing compiled; for comparison).
-        on_miss: a graph is not in the cache: "compile" now, run "eager", or raise "error" (`GraphMiss`).
+        on_miss: a graph is not in the cache: "compile" now; "background": run eager (or a graph of a wider range that
+            is there) while another process compiles it, and take it up between two steps; run "eager"; or raise
+            "error" (`GraphMiss`).
         regions: "blocks": the UNet's resnets and transformers, which share artifacts over blocks, phases and sizes;
             "whole": one artifact for the UNet in each topology.
         shapes: "symbolic": one artifact for a range of sizes; "exact": one for each size.
         family, task: as in `apply_hidiffusion`.
+        background: the pool that compiles under `on_miss="background"`; None: one worker that the whole process shares.
 
     Raises:
         NotAPipeline, UnknownLayout, BadInput: the pipeline or an option is not what it should be.
+        compile_cache.CacheWriteError: `on_miss="background"`, and the cache cannot be written.
     """
     if guidance is not None and not isinstance(guidance, CFGPlusPlusConfig):
         raise BadInput(f"guidance: expected a CFGPlusPlusConfig or None, got {type(guidance).__name__}")
@@ -391,6 +431,13 @@ def accelerate(
         raise BadInput(f"cache: expected a CompileCache or a directory for backend {backend!r}, got None")
     if cache is not None and not isinstance(cache, CompileCache):
         cache = CompileCache(cache)
+    if on_miss == "background":
+        if not chosen.persistent or cache is None:
+            raise BadInput(
+                f'on_miss: expected "compile" or "eager" for backend {backend!r}, got "background"; it compiles in '
+                "every process anew, so that no other one can do it"
+            )
+        cache.require_writable()
     if (previous := vars(pipe).get(_HANDLE)) is not None:
         previous.remove()
     if regions == "whole" and unet.config.addition_embed_type not in (None, "text_time"):
@@ -408,7 +455,11 @@ def accelerate(
         if guided is not None:
             guided.remove()
         raise
-    return Handle(pipe, dispatcher, installed, guided, step)
+    handle = Handle(pipe, dispatcher, installed, guided, step)
+    if on_miss == "background" and cache is not None:
+        pool = default_pool() if background is None else background
+        dispatcher.background = Background(pool, cache, handle.blueprint, handle.stats.background)
+    return handle
 
 
 def _hint(cache: CompileCache | None) -> str:

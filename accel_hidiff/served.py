@@ -15,10 +15,10 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from accel_hidiff.binder import ArtifactFailed
+from accel_hidiff.binder import ArtifactFailed, Graphs
 from accel_hidiff.call import UNetCall
 from accel_hidiff.control import DOWN
-from accel_hidiff.dispatch import Dispatcher, Graphs
+from accel_hidiff.dispatch import Dispatcher
 from accel_hidiff.facts import call_facts, call_name
 from accel_hidiff.families import Layout, Size, feature_sizes
 from accel_hidiff.forwards import Forward

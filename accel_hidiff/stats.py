@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+_MAX_REASONS = 1000  # they may name keys, of which a service meets ever new ones
+
 
 @dataclass
 class Stats:
@@ -20,6 +22,8 @@ class Stats:
         hits: calls (of the UNet, of the VAE decoder) that compiled graphs served.
         misses: lookups that found a graph missing from the cache.
         eager_calls: calls that ran eager.
+        background: graphs that were "queued" for a compiling process, and what became of them ("compiled", "found",
+            "failed", "died", "not stored", "cancelled"); "swapped": kinds of calls that took theirs up while serving.
         rejected: reason -> calls that ran eager for it, or were refused for it under `on_miss="error"`.
     """
 
@@ -29,11 +33,18 @@ class Stats:
     hits: int = 0
     misses: int = 0
     eager_calls: int = 0
+    background: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
+
+    def reject(self, reason: str) -> None:
+        """Counts a call that ran eager, or was refused, for a reason; there are at most 1,000 different ones."""
+        if reason not in self.rejected and len(self.rejected) >= _MAX_REASONS:
+            reason = "other reasons"
+        self.rejected[reason] += 1
 
     def to_json(self) -> dict[str, Any]:
         """A plain JSON mapping."""
-        return {**asdict(self), "rejected": dict(self.rejected)}
+        return {**asdict(self), "background": dict(self.background), "rejected": dict(self.rejected)}
 
     @contextmanager
     def expect(self, **deltas: int) -> Iterator[None]:

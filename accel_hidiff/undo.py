@@ -90,3 +90,8 @@ class UndoLog:
     def function_ids(self) -> frozenset[int]:
         """Ids of everything that was put in place, to tell our forwards from foreign ones."""
         return frozenset(id(entry.ours) for entry in self._log)
+
+
+def is_installed(value: Any) -> bool:
+    """Whether a value is a forward that an `UndoLog` put in place."""
+    return isinstance(value, _Installed)

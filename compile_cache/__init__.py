@@ -45,6 +45,7 @@ from .errors import (
     UnstableFactor,
     UntrustedEntryWarning,
 )
+from .failures import Failure
 from .keys import ABSENT, JSON, CacheKey, FactorDifference
 from .limits import Limits, PruneReport, Removal
 from .records import BlobRef
@@ -71,6 +72,7 @@ __all__ = [
     "DamagedEntryWarning",
     "Entry",
     "FactorDifference",
+    "Failure",
     "Limits",
     "Nearest",
     "PermissionsWarning",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 import threading
@@ -27,6 +26,7 @@ from .errors import (
     RemoteError,
     TrustError,
 )
+from .failures import Failures
 from .files import hash_file, remove, write_synced
 from .keys import JSON, CacheKey, plain_json
 from .leases import Lease, busy_directory
@@ -113,9 +113,23 @@ class CompileCache(CacheReader):
 
     def as_read_only(self) -> CompileCache:
         """The same cache, opened to be read only and without its remote; counters are shared."""
-        view = copy.copy(self)
+        view = object.__new__(type(self))
+        vars(view).update(vars(self))
         view._read_only, view._remote = True, None
+        view.failures = Failures(self._store.root, writable=False)
         return view
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To be opened again in another process of this user: a private key goes along, so keep no such pickle."""
+        options = {
+            "max_bytes": self.limits.max_bytes,
+            "max_age": self.limits.max_age,
+            "read_only": self._read_only,
+            "trust": self._trust,
+            "sign_with": self._sign_with,
+            "remote": self.remote,
+        }
+        return _opened_again, (str(self.location), options)
 
     @property
     def remote(self) -> Remote | None:
@@ -139,6 +153,29 @@ class CompileCache(CacheReader):
                 write_synced(probe, b"probe")
             finally:
                 remove(probe)
+
+    @contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """A new directory for files of a build that are not stored, on the file system of the cache; gone afterwards.
+
+        Raises:
+            CacheWriteError: if it cannot be made.
+        """
+        self._require_not_read_only()
+        with self._store.writing("a work directory"):
+            self._store.prepare(sweep=False)
+            directory = self._store.new_temporary("work")
+            directory.mkdir()
+        try:
+            with busy_directory(directory):
+                yield directory
+        finally:
+            remove(directory)
+
+    def clear_after(self, pid: int) -> None:
+        """Remove the unfinished work of a process of this machine that has ended, however it ended."""
+        if not self._read_only:
+            self._store.clear_after(pid)
 
     def verify(self, repair: bool = False) -> VerifyReport:
         """Read and check every byte of the cache.
@@ -463,6 +500,7 @@ class CompileCache(CacheReader):
                 self._require_files(linked)
             self._store.publish(record, built)
             lease = self._lease(record.digest)  # nothing removes it before it is in use
+        self.failures.forget(key.digest)
         entry = Entry.of(record, self._store, lease)
         size = entry.size if built else 0
         self.stats.add("written_bytes", size)
@@ -542,6 +580,8 @@ class CompileCache(CacheReader):
             report = remove_entries(self._store, limits, judge=judge, dry_run=dry_run, **options)
             if options.get("pinned_too") and not dry_run:
                 empty(self._store)
+                for digest in self.failures.digests():
+                    self.failures.forget(digest)
         self._surveyed, self._held = monotonic(), report.bytes
         if not dry_run:
             self.stats.add("evictions", len(report.removed))
@@ -549,6 +589,10 @@ class CompileCache(CacheReader):
         for gone in () if dry_run else report.removed:
             LOG.info("removed %s: %s", gone.digest[:12], gone.reason, extra={"event": "removed", "key": gone.digest})
         return report
+
+
+def _opened_again(location: str, options: dict[str, Any]) -> CompileCache:
+    return CompileCache(location, **options)
 
 
 def _remote(remote: Remote | str | os.PathLike[str]) -> Remote:

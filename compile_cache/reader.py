@@ -13,6 +13,7 @@ from typing import Final
 
 from .entry import Entry, Nearest
 from .errors import DamagedEntry, DamagedEntryWarning, TrustError, UntrustedEntryWarning, one_line
+from .failures import Failures
 from .files import Identity
 from .keys import CacheKey
 from .location import checked_location
@@ -55,6 +56,7 @@ class CacheReader:
         signed = self._trust is not None and not signs  # who signs vouches for what others could put into a build
         self._store = BlobStore(checked_location(location, signed=signed))
         self._read_only = read_only
+        self.failures = Failures(self._store.root, writable=not read_only)
         self.stats = CacheStats()
 
     @property
@@ -137,6 +139,10 @@ class CacheReader:
             return f"{key.short} present: {len(found.files)} files, {found.size} bytes, stored {found.created}"
         if found is not None:
             return f"{key.short} {found.kind}: {found.reason}; it counts as missing"
+        if (failure := self.failures.of(key.digest)) is not None:
+            return (
+                f"{key.short} missing: its build failed at {failure.when} ({failure.attempts} times): {failure.error}"
+            )
         near, read, all_read = self._nearest(key, 1, _EXPLAIN_SECONDS)
         if not near:
             return f"{key.short} missing: the cache holds no entries"

@@ -150,8 +150,15 @@ class SigningKey:
         value = self._private.sign(record.signed_bytes()).hex()
         return record.with_signature(Signature(self.public.hex, value))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _private_key, (self._private.private_bytes_raw(),)
+
     def __repr__(self) -> str:
         return f"SigningKey({self.public.short})"  # nothing of the private half
+
+
+def _private_key(raw: bytes) -> SigningKey:
+    return SigningKey(_ed25519().Ed25519PrivateKey.from_private_bytes(raw))
 
 
 Keys = str | PublicKey | os.PathLike[str] | Iterable["str | PublicKey | os.PathLike[str]"]

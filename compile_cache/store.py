@@ -233,6 +233,13 @@ class BlobStore:
                         if dead:
                             remove(path)
 
+    def clear_after(self, pid: int) -> None:
+        """Remove what a process of this machine left in ``tmp`` when it ended; what somebody works in stays."""
+        for path in self.tmp.glob(f"*-{pid}-*"):
+            with held_alone(path) as dead:
+                if dead:
+                    remove(path)
+
     def new_temporary(self, kind: str) -> Path:
         """Return a path in ``tmp`` that no other thread or process uses."""
         return self.tmp / f"{kind}-{os.getpid()}-{uuid.uuid4().hex}"

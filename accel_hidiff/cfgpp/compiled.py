@@ -9,10 +9,10 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from accel_hidiff.binder import ArtifactFailed
+from accel_hidiff.binder import ArtifactFailed, Graphs
 from accel_hidiff.cfgpp.guidance import Predictions, Step, eager_step
 from accel_hidiff.clock import index_in
-from accel_hidiff.dispatch import Dispatcher, Graphs
+from accel_hidiff.dispatch import Dispatcher
 from accel_hidiff.errors import BadInput
 from accel_hidiff.facts import call_facts, call_name
 from accel_hidiff.regions.step import STEP, StepRegion

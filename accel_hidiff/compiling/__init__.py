@@ -1,0 +1,1 @@
+"""Compiling in processes of its own: `blueprint` (models without weights), `worker` (a process), `pool` (several)."""

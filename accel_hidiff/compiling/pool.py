@@ -1,0 +1,389 @@
+"""A pool of compiling processes: bounded in number, memory and time, and gone when this process is."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import psutil
+
+from accel_hidiff.compiling.blueprint import Blueprint, CompileJob
+from accel_hidiff.compiling.worker import LOWEST_PRIORITY, write_frame
+from accel_hidiff.errors import BadInput
+from compile_cache import CompileCache, CompileCacheError
+
+LOG: Final = logging.getLogger("accel_hidiff")
+_TICK: Final = 0.2  # seconds between two looks at a process that works
+_PATIENCE: Final = 2  # times that a graph is tried whose process died
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job.
+
+    Attributes:
+        digest: of the graph's key.
+        path: of its region.
+        state: "compiled"; "found": somebody else had compiled it; "failed": it cannot be compiled; "not stored": the
+            cache did not take it; "died": the process ended, ran out of its memory or its time; "cancelled".
+        seconds: that it took.
+        error: one line, where it is not in the cache now.
+    """
+
+    digest: str
+    path: str
+    state: str
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the artifact is in the cache now."""
+        return self.state in ("compiled", "found")
+
+
+@dataclass
+class _Task:
+    job: CompileJob
+    blueprint: Blueprint
+    cache: CompileCache
+    done: Callable[[Outcome], None]
+    started: Callable[[], None] | None
+    tries: int = 0
+    cancelled: bool = False
+
+
+class CompilePool:
+    """Processes that compile graphs into a cache. They start with the first job and end after `idle` seconds without.
+
+    Args:
+        workers: how many at once.
+        max_memory: bytes that one process with its compilers may take; over it, it is ended and its graph has failed.
+            None: no limit.
+        timeout: seconds that one graph may take.
+        idle: seconds that a process waits for the next job.
+        niceness: 0 (as this process) to 19 (lowest priority).
+
+    Raises:
+        BadInput: a value out of its range.
+    """
+
+    def __init__(
+        self,
+        workers: int = 1,
+        *,
+        max_memory: int | None = None,
+        timeout: float = 3600.0,
+        idle: float = 60.0,
+        niceness: int = LOWEST_PRIORITY,
+    ) -> None:
+        for name, value, low in (("workers", workers, 1), ("niceness", niceness, 0), ("max_memory", max_memory, 1)):
+            if name == "max_memory" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise BadInput(f"{name}: expected an integer of at least {low}, got {value!r}")
+        for name, seconds in (("timeout", timeout), ("idle", idle)):
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+                raise BadInput(f"{name}: expected seconds, at least 0, got {seconds!r}")
+        self.workers = workers
+        self.max_memory = max_memory
+        self.timeout = timeout
+        self.idle = idle
+        self.niceness = niceness
+        self._tasks: deque[_Task] = deque()
+        self._threads: set[threading.Thread] = set()
+        self._running: set[_Process] = set()
+        self._closed = False
+        self._work = threading.Condition()
+
+    def submit(
+        self,
+        job: CompileJob,
+        blueprint: Blueprint,
+        cache: CompileCache,
+        done: Callable[[Outcome], None],
+        started: Callable[[], None] | None = None,
+    ) -> Callable[[], None]:
+        """Queues a job; returns a function that cancels it while it waits.
+
+        Args:
+            job, blueprint: what to compile.
+            cache: where it goes.
+            done: called once with what came of it, in a thread of the pool.
+            started: called when a process begins with it.
+        """
+        task = _Task(job, blueprint, cache, done, started)
+        with self._work:
+            if self._closed:
+                raise RuntimeError("expected an open pool, got one that was closed; make another one")
+            self._tasks.append(task)
+            if len(self._threads) < self.workers:
+                thread = threading.Thread(target=self._run, name="accel_hidiff-compiling", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+            self._work.notify()
+
+        def cancel() -> None:
+            task.cancelled = True
+
+        return cancel
+
+    def pids(self) -> list[int]:
+        """The processes that live now."""
+        with self._work:
+            return [process.pid for process in self._running]
+
+    def close(self) -> None:
+        """Ends all processes at once; what they worked on and what waits is cancelled."""
+        with self._work:
+            self._closed = True
+            waiting, self._tasks = list(self._tasks), deque()
+            for process in self._running:
+                process.kill()
+            threads = list(self._threads)
+            self._work.notify_all()
+        for task in waiting:
+            self._finish(task, Outcome(task.job.digest, task.job.path, "cancelled", error="the pool was closed"))
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(10)
+
+    def __enter__(self) -> CompilePool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """One thread per process: starts it, feeds it, and clears up after it."""
+        process: _Process | None = None
+        try:
+            while (task := self._next()) is not None:
+                if task.cancelled:
+                    outcome = Outcome(task.job.digest, task.job.path, "cancelled", error="nobody needs it any more")
+                    self._finish(task, outcome)
+                    continue
+                if process is not None and not process.fits(task.cache):
+                    self._end(process)
+                    process = None
+                try:
+                    if process is None:
+                        process = self._start(task.cache)
+                    outcome = self._work_off(process, task)
+                except (OSError, CompileCacheError) as problem:  # no process, or no place for its files
+                    first = str(problem).splitlines()[0]
+                    outcome = Outcome(task.job.digest, task.job.path, "died", error=f"no compiling process: {first}")
+                if process is not None and not process.alive:
+                    self._end(process)
+                    process = None
+                task.tries += 1
+                if outcome.state == "died" and task.tries < _PATIENCE and not self._closed:
+                    with self._work:
+                        self._tasks.append(task)
+                    continue
+                self._finish(task, outcome)
+        finally:
+            self._end(process)
+            with self._work:
+                self._threads.discard(threading.current_thread())
+
+    def _next(self) -> _Task | None:
+        """The next task; None where the thread may end."""
+        end = time.monotonic() + self.idle
+        with self._work:
+            while not self._tasks:
+                left = end - time.monotonic()
+                if self._closed or left <= 0:
+                    self._threads.discard(threading.current_thread())  # the next job starts another one
+                    return None
+                self._work.wait(left)
+            return self._tasks.popleft()
+
+    def _start(self, cache: CompileCache) -> _Process:
+        process = _Process(cache, self.niceness)
+        with self._work:
+            self._running.add(process)
+            if self._closed:
+                process.kill()
+        return process
+
+    def _end(self, process: _Process | None) -> None:
+        if process is not None:
+            process.end()
+            with self._work:
+                self._running.discard(process)
+
+    def _work_off(self, process: _Process, task: _Task) -> Outcome:
+        if task.started is not None:
+            task.started()
+        start = time.monotonic()
+        answer = process.ask(task.blueprint, task.job, self._limits(start))
+        seconds = time.monotonic() - start
+        return Outcome(task.job.digest, task.job.path, answer["state"], seconds, answer.get("error", ""))
+
+    def _limits(self, start: float) -> Callable[[_Process], tuple[str, str] | None]:
+        """Tells of a process that is at work whether it has to end: (state, error) of its job then."""
+
+        def exceeded(process: _Process) -> tuple[str, str] | None:
+            if self._closed:
+                return "cancelled", "the pool was closed"
+            if time.monotonic() - start > self.timeout:
+                return "failed", f"it took more than {self.timeout:.0f} s"
+            if self.max_memory is not None and (used := process.memory()) > self.max_memory:
+                allowed = f"{self.max_memory / 1e9:.2f} GB are allowed"
+                return "failed", f"it took {used / 1e9:.2f} GB of memory, {allowed}"
+            return None
+
+        return exceeded
+
+    @staticmethod
+    def _finish(task: _Task, outcome: Outcome) -> None:
+        level = logging.INFO if outcome.ok or outcome.state == "cancelled" else logging.WARNING
+        text = f" ({outcome.error})" if outcome.error else ""
+        facts = {"event": "background_compile", "key": outcome.digest, "state": outcome.state}
+        LOG.log(level, "%s: %s in %.1f s%s", outcome.path, outcome.state, outcome.seconds, text, extra=facts)
+        try:
+            task.done(outcome)
+        except Exception:
+            LOG.exception("%s: what waited for its graph failed", outcome.path)
+
+
+class _Process:
+    """One compiling process, its pipes and its files."""
+
+    def __init__(self, cache: CompileCache, niceness: int) -> None:
+        self._cache = cache
+        self._stack = ExitStack()
+        self._blueprint = ""
+        self.alive = True
+        try:
+            work = self._stack.enter_context(cache.workspace())
+            self._log = work / "log"
+            errors = self._stack.enter_context(self._log.open("wb"))
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "accel_hidiff.compiling.worker", str(niceness)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=_environment(work),
+                process_group=0,  # so that its compilers can be ended with it
+            )
+        except BaseException:
+            self._stack.close()
+            raise
+        self.pid = self._popen.pid
+        assert self._popen.stdin is not None and self._popen.stdout is not None
+        self._in: IO[bytes] = self._popen.stdin
+        self._out = self._popen.stdout.fileno()
+        self._text = b""
+
+    def fits(self, cache: CompileCache) -> bool:
+        """Whether it works for this cache."""
+        return cache is self._cache
+
+    def ask(
+        self, blueprint: Blueprint, job: CompileJob, exceeded: Callable[[_Process], tuple[str, str] | None]
+    ) -> dict[str, Any]:
+        """Has a job done; what the process answers, or how it ended."""
+        try:
+            if not self._blueprint:
+                write_frame(self._in, "cache", self._cache)
+            if self._blueprint != (digest := blueprint.digest()):
+                write_frame(self._in, "blueprint", blueprint)
+                self._blueprint = digest
+            write_frame(self._in, "job", job)
+        except OSError:
+            return self._died()
+        while b"\n" not in self._text:
+            if (why := exceeded(self)) is not None:
+                self.kill()
+                return dict(zip(("state", "error"), why, strict=True))
+            if select.select([self._out], [], [], _TICK)[0]:
+                chunk = os.read(self._out, 1 << 16)
+                if not chunk:
+                    return self._died()
+                self._text += chunk
+        line, _, self._text = self._text.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _died(self) -> dict[str, Any]:
+        self.alive = False
+        self.kill()  # what it may have left running
+        code = self._popen.wait()
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        last = (self._log.read_bytes()[-4000:].decode(errors="replace").strip().splitlines() or [""])[-1]
+        return {"state": "died", "error": f"the compiling process ended with {how}{': ' + last if last else ''}"}
+
+    def memory(self) -> int:
+        """Resident bytes of the process and its compilers."""
+        total = 0
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            for one in (process, *process.children(recursive=True)):
+                with suppress(psutil.Error):
+                    total += one.memory_info().rss
+        return total
+
+    def kill(self) -> None:
+        """Ends the process and its compilers, now."""
+        self.alive = False
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Ends it, and clears its files away."""
+        self.kill()
+        with suppress(OSError):
+            self._in.close()
+        self._popen.wait()
+        assert self._popen.stdout is not None
+        self._popen.stdout.close()
+        self._cache.clear_after(self.pid)
+        self._stack.close()
+
+
+def _environment(work: Path) -> dict[str, str]:
+    """One thread, this process's import path, and a place for compilers' files that goes away with the process."""
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
+    folders = {"TORCHINDUCTOR_CACHE_DIR": work / "inductor", "TRITON_CACHE_DIR": work / "triton", "TMPDIR": work}
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    return {**os.environ, **threads, **{name: str(folder) for name, folder in folders.items()}, "PYTHONPATH": path}
+
+
+_default: CompilePool | None = None
+_default_lock = threading.Lock()
+
+
+def default_pool() -> CompilePool:
+    """The pool of this process for graphs that requests miss: one worker, lowest priority."""
+    global _default  # noqa: PLW0603
+    with _default_lock:
+        if _default is None or _default._closed:
+            _default = CompilePool()
+            atexit.register(_default.close)
+        return _default
+
+
+def _forget_default() -> None:
+    global _default, _default_lock
+    _default, _default_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_default)

@@ -1,0 +1,190 @@
+"""A compiling process: `python -m accel_hidiff.compiling.worker`, started and fed by `pool`.
+
+Frames come in on the standard input, JSON lines go out on the standard output. The process has the lowest priority and
+one thread, keeps no weights, and ends with its parent however that ends: then it kills its own process group, compilers
+included. One graph fails alone: the process goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import select
+import signal
+import struct
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import IO, Any, Final
+
+HEADER: Final = struct.Struct("!Q")  # length of a frame
+LOWEST_PRIORITY: Final = 19  # niceness
+_PARENT_CHECK: Final = 1.0  # seconds
+
+
+def write_frame(stream: IO[bytes], kind: str, value: Any) -> None:
+    """Sends a frame: a kind and a pickled value."""
+    data = pickle.dumps((kind, value), protocol=pickle.HIGHEST_PROTOCOL)
+    stream.write(HEADER.pack(len(data)) + data)
+    stream.flush()
+
+
+class _Inbox:
+    """Frames from the parent, read by a thread of its own: it notices when the parent is gone, whatever runs here."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._parent = os.getppid()
+        self._frames: list[tuple[str, Any]] = []
+        self._ready = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def next(self) -> tuple[str, Any]:
+        """The next frame."""
+        with self._ready:
+            while not self._frames:
+                self._ready.wait()
+            return self._frames.pop(0)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                (length,) = HEADER.unpack(self._exactly(HEADER.size))
+                frame = pickle.loads(self._exactly(length))
+                with self._ready:
+                    self._frames.append(frame)
+                    self._ready.notify()
+        except EOFError:
+            end()
+
+    def _exactly(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            # The end of the pipe tells that the parent is gone, unless a child that it forked holds the other end.
+            while not select.select([self._descriptor], [], [], _PARENT_CHECK)[0]:
+                if os.getppid() != self._parent:
+                    raise EOFError
+            chunk = os.read(self._descriptor, min(count - len(data), 1 << 20))
+            if not chunk:
+                raise EOFError
+            data += chunk
+        return bytes(data)
+
+
+def end() -> None:
+    """Ends this process and every compiler that it started."""
+    with suppress(OSError):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+class _Bench:
+    """The regions of one blueprint."""
+
+    def __init__(self, blueprint: Any) -> None:
+        from accel_hidiff.backends import create_backend
+        from accel_hidiff.binder import Binder
+        from accel_hidiff.dispatch import Dispatcher
+        from accel_hidiff.installed import Installed
+        from accel_hidiff.regions.step import STEP, StepRegion
+        from accel_hidiff.stats import Stats
+
+        self.backend = create_backend(blueprint.backend)
+        parts = blueprint.parts()
+        dispatcher = Dispatcher(Binder(None, create_backend("eager"), "symbolic", Stats()), "eager", "")
+        settings = blueprint.config, blueprint.regions, blueprint.family, blueprint.task
+        self.installed = Installed(parts, dispatcher, *settings)
+        self.installed.install()
+        self._parts = parts  # the patch holds it weakly
+        self.regions = {STEP: StepRegion(parts.unet.config.out_channels)} | self.installed.regions()
+
+    def compile(self, job: Any, cache: Any) -> dict[str, Any]:
+        """Compiles one graph; what came of it, as JSON values."""
+        import torch
+
+        from accel_hidiff.compiling.blueprint import materialized
+        from accel_hidiff.errors import CompileFailed
+
+        start = time.perf_counter()
+        region = self.regions.get(job.path)
+        if region is None:
+            raise CompileFailed(f"{job.path}: expected a region of the blueprint, got none of this name")
+        graph = job.graph(region)
+        with materialized(region.module, torch.device(job.device)):
+            key = graph.key(self.backend.factors(graph.device))
+            if key.digest != job.digest:
+                raise CompileFailed(
+                    f"{job.path}: expected to compile graph {job.digest[:12]}, its key is {key.short} in a process of "
+                    "its own: something that it depends on is not the same there; precompile it in this process"
+                )
+            prepared = self.backend.prepare(graph, cache)
+        state = "compiled" if prepared.compiled else "found"
+        return {"state": state, "seconds": time.perf_counter() - start}
+
+
+def serve(inbox: _Inbox, out: IO[str]) -> None:
+    """Works off frames until the parent closes the pipe."""
+    from compile_cache import CacheWriteError, RemoteError, TrustError
+
+    bench: Any = None
+    cache: Any = None
+    blueprint_error: Exception | None = None
+    while True:
+        kind, value = inbox.next()
+        if kind == "cache":
+            cache = value
+            continue
+        if kind == "blueprint":
+            bench, blueprint_error = None, None
+            try:
+                bench = _Bench(value)
+            except Exception as problem:  # told with each of its jobs
+                blueprint_error = problem
+            continue
+        try:
+            if blueprint_error is not None:
+                raise blueprint_error
+            answer = bench.compile(value, cache)
+        except (CacheWriteError, RemoteError, TrustError) as problem:
+            answer = {"state": "not stored", "error": _one_line(problem)}
+        except MemoryError as problem:
+            answer = {"state": "died", "error": _one_line(problem)}
+        except Exception as problem:
+            answer = {"state": "failed", "error": _one_line(problem)}
+        print(json.dumps({"digest": value.digest, **answer}), file=out, flush=True)
+
+
+def _one_line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines()
+    name = type(problem).__name__
+    text = lines[0] if lines else ""
+    return text if name == "CompileFailed" else f"{name}: {text}"
+
+
+def main() -> None:
+    """Entry point of the process."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what compilers print is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent decides
+    _lower_priority(int(sys.argv[1]))
+    serve(_Inbox(0), out)
+
+
+def _lower_priority(niceness: int) -> None:
+    """The lowest one leaves processor and disk to everybody else; compilers that are started inherit it."""
+    with suppress(OSError):
+        os.nice(niceness)
+    if niceness < LOWEST_PRIORITY:
+        return
+    import psutil
+
+    with suppress(AttributeError, OSError):  # Linux
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with suppress(AttributeError, OSError, psutil.Error):
+        psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+if __name__ == "__main__":
+    main()
