@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from accel_hidiff.cfgpp import maths
+from accel_hidiff.cfgpp.next_input import ready_input
 from accel_hidiff.config import CFGPlusPlusConfig, lambda_of
 from accel_hidiff.errors import BadInput, NotAPipeline
 from accel_hidiff.schedulers import counterpart
@@ -151,13 +152,15 @@ class Guidance:
         driven = current if type(current) is kind else kind.from_config(current.config)
         self._release_scheduler()
         vars(driven)["step"] = self._drive(driven, driven.step)
+        vars(driven)["scale_model_input"] = self._scale(driven, driven.scale_model_input)
         self._driven, self._plain = driven, current
         vars(pipe)["scheduler"] = driven
 
     def _release_scheduler(self) -> None:
         """The scheduler of the requests before is its own again, and is not kept."""
         if self._driven is not None:
-            del vars(self._driven)["step"]
+            for name in ("step", "scale_model_input"):
+                del vars(self._driven)[name]
         self._driven = self._plain = None
 
     def _check_request(self) -> None:
@@ -193,6 +196,15 @@ class Guidance:
             )
 
         return step
+
+    @staticmethod
+    def _scale(scheduler: Any, inner: Step) -> Step:
+        @functools.wraps(inner)
+        def scale_model_input(sample: Tensor, timestep: Any = None) -> Tensor:
+            ready = ready_input(sample, timestep, scheduler.timesteps)
+            return inner(sample, timestep) if ready is None else ready
+
+        return scale_model_input
 
 
 class _Said(threading.local):

@@ -303,7 +303,7 @@ class _Process:
         """Has a job done; what the process answers, or how it ended."""
         try:
             if not self._blueprint:
-                write_frame(self._in, "cache", self._cache)
+                write_frame(self._in, "cache", self._cache.handover())
             if self._blueprint != (digest := blueprint.digest()):
                 write_frame(self._in, "blueprint", blueprint)
                 self._blueprint = digest

@@ -134,7 +134,7 @@ def serve(inbox: _Inbox, out: IO[str]) -> None:
     while True:
         kind, value = inbox.next()
         if kind == "cache":
-            cache = value
+            cache = value.open()
             continue
         if kind == "blueprint":
             bench, blueprint_error = None, None
