@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from accel_hidiff import sealing
 from accel_hidiff.backends import create_backend
 from accel_hidiff.background import Background
 from accel_hidiff.binder import Binder, Graphs
@@ -244,14 +245,15 @@ class Handle:
         """From here on, this process compiles nothing for this pipeline and writes nothing to its cache.
 
         Call it after `load`. `torch.compiler.set_stance("fail_on_recompile")` then holds for the whole process, until
-        `remove`: a `torch.compile` elsewhere in it raises where it would compile. The remote of the cache is not asked
-        any more. A graph that is missing raises `GraphMiss` as before.
+        the last sealed handle is removed: a `torch.compile` elsewhere in it raises where it would compile. The remote
+        of the cache is not asked any more. A graph that is missing raises `GraphMiss` as before.
 
         Raises:
             BadInput: `on_miss` is not "error".
         """
         self._dispatcher.seal()
-        torch.compiler.set_stance("fail_on_recompile")
+        if not self._sealed:
+            sealing.hold()
         self._sealed = True
 
     def verify(self) -> dict[str, str | None]:
@@ -272,7 +274,8 @@ class Handle:
         if self._guidance is not None:
             self._guidance.check_removable()
         if self._sealed:
-            torch.compiler.set_stance("default")
+            sealing.release()
+            self._sealed = False
         if self._dispatcher.background is not None:
             self._dispatcher.background.close()
         self._undo.undo()
