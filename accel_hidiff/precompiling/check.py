@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from accel_hidiff.precompiling.estimate import TABLE_FROM, Estimator, samples_of, wall_seconds
+from accel_hidiff.precompiling.estimate import TABLE_FROM, WHOLE, Estimator, samples_of, wall_seconds
 from accel_hidiff.precompiling.plan import Plan, PlannedModel, costs_of
+from accel_hidiff.regions import RegionGraph
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class EstimateReport:
         minutes: wall time.
         bases: how many artifacts were estimated from what: "same kind", "other kinds", "table".
         measured: artifacts in this cache that were measured when they were compiled.
+        low: of whole models with symbolic sizes, which take far longer than anything in the table.
     """
 
     file: str
@@ -156,6 +158,7 @@ class EstimateReport:
     minutes: float
     bases: dict[str, int]
     measured: int
+    low: int
 
     @property
     def compile(self) -> int:
@@ -174,7 +177,10 @@ class EstimateReport:
             "other kinds": f"{{}} from the table ({TABLE_FROM}), scaled by {self.measured} artifacts in this cache",
             "table": f"{{}} from the table ({TABLE_FROM}): no artifact in this cache tells",
         }
-        return "; ".join(texts[base].format(count) for base, count in self.bases.items())
+        told = [texts[base].format(count) for base, count in self.bases.items()]
+        if self.low:
+            told.append(f"too low for {self.low} of them: whole models with symbolic sizes, which were not measured")
+        return "; ".join(told)
 
     def to_json(self) -> dict[str, Any]:
         """A plain JSON mapping."""
@@ -212,6 +218,8 @@ def estimate(plan: Plan, jobs: int) -> EstimateReport:
         jobs: compiling processes.
     """
     samples = samples_of(plan.cache)
+    known = {sample.region for sample in samples}
+    graphs = [graph for model in plan.models for graph in model.own.values()]
     estimator = Estimator(samples)
     models, every = [], []
     for model in plan.models:
@@ -222,4 +230,11 @@ def estimate(plan: Plan, jobs: int) -> EstimateReport:
         sums = sum(cost.seconds for cost in costs), sum(cost.bytes for cost in costs)
         models.append(ModelEstimate(model.name, *counts, *sums, model.note))
     bases = Counter(cost.base for cost in every)
-    return EstimateReport(plan.file, models, jobs, wall_seconds(every, jobs) / 60, dict(bases), len(samples))
+    low = sum(_is_low(graph, known) for graph in graphs)
+    minutes = wall_seconds(every, jobs) / 60
+    return EstimateReport(plan.file, models, jobs, minutes, dict(bases), len(samples), low)
+
+
+def _is_low(graph: RegionGraph, known: set[str]) -> bool:
+    symbolic = not all(size.is_exact for size in graph.bucket.dims.values())
+    return symbolic and graph.region.kind in WHOLE and graph.region.kind not in known

@@ -38,6 +38,7 @@ class Line:
 
 
 TABLE_FROM: Final = "benchmarks/results/compile.json: one core of an Intel Xeon, torch 2.13.0, float32 on a CPU"
+WHOLE: Final = ("unet", "controlnet")  # kinds that the table knows at one exact size only
 START_SECONDS: Final = 14.0
 """Until a compiling process has begun, and what its first artifact takes longer than the next ones."""
 

@@ -75,6 +75,7 @@ class RunReport:
     Attributes:
         file: the deploy file.
         models: one row for each.
+        wanted: artifacts that were missing before it.
         failed: what is missing after it.
         jobs: compiling processes.
         bytes: of all artifacts that the file needs, those that share content counted once.
@@ -83,6 +84,7 @@ class RunReport:
 
     file: str
     models: Sequence[ModelReport]
+    wanted: int
     failed: Sequence[Failure]
     jobs: int
     bytes: int
@@ -120,7 +122,7 @@ class RunReport:
         """CompileFailed, with the first error and the count, if something failed."""
         if self.failed:
             first = self.failed[0]
-            count = f"{len(self.failed)} of {len(self.failed) + self.compiled} artifacts failed"
+            count = f"{len(self.failed)} of {max(self.wanted, len(self.failed))} artifacts failed"
             rest = "the others are in the cache, and the same command goes on from there"
             raise CompileFailed(f"{first.model}: {first.region}: {first.error} ({count}; {rest})")
 
@@ -155,7 +157,9 @@ def run(plan: Plan, pool: CompilePool, costs: Sequence[dict[str, Cost]], watcher
     if plan.cache.remote is not None and plan.cache.remote.push:
         plan.cache.push(present)  # those that were here before, too
     size = _bytes(plan, set(present))
-    return RunReport(plan.file, models, tuple(failed.values()), pool.workers, size, time.perf_counter() - start)
+    return RunReport(
+        plan.file, models, plan.missing, tuple(failed.values()), pool.workers, size, time.perf_counter() - start
+    )
 
 
 def _compile(

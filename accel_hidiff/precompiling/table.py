@@ -79,10 +79,12 @@ class Board:
         with self._lock:
             row = self._rows[model]
             row.waiting.pop(digest, None)
-            row.compiling += 1
             row.began = row.began or time.monotonic()
-            free = self._workers.index(None) if None in self._workers else len(self._workers)
-            self._workers[free : free + 1] = [_Task(model, digest, region, self._costs[digest])]
+            slot = self._slot(digest)
+            if slot is None:  # else its process died, and another one begins with it again
+                row.compiling += 1
+                slot = self._slot(None)
+            self._workers[slot or 0] = _Task(model, digest, region, self._costs[digest])
             if self._lines:
                 self._say(f"  compiling            {model}  {region}")
 
@@ -90,10 +92,9 @@ class Board:
         """An artifact is there, or it failed."""
         with self._lock:
             row = self._rows[model]
-            for slot, task in enumerate(self._workers):
-                if task is not None and task.digest == outcome.digest:
-                    self._workers[slot] = None
-                    row.compiling -= 1
+            if (slot := self._slot(outcome.digest)) is not None:
+                self._workers[slot] = None
+                row.compiling -= 1
             row.waiting.pop(outcome.digest, None)
             row.done += outcome.ok
             row.failed += not outcome.ok
@@ -138,6 +139,11 @@ class Board:
             tasks = list(enumerate(self._workers, 1))
         lines = [f"worker {slot}: {'waits' if task is None else task.text(now)}" for slot, task in tasks]
         return Group(table, *map(Text, lines))
+
+    def _slot(self, digest: str | None) -> int | None:
+        """The worker that compiles an artifact; of None: one that waits."""
+        digests = [None if task is None else task.digest for task in self._workers]
+        return digests.index(digest) if digest in digests else None
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
