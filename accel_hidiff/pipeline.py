@@ -146,15 +146,29 @@ class Handle:
         with _decoder_precision(self.pipe, self._dispatcher):
             return compile_needed(self._dispatcher.binder, needed, progress, pool, self.blueprint)
 
+    def to_compile(self, needed: Needed) -> dict[str, RegionGraph]:
+        """What of these graphs the cache does not hold, by the digest of its key; nothing if the backend keeps none."""
+        binder = self._dispatcher.binder
+        return needed.missing(binder) if binder.cache is not None and binder.backend.persistent else {}
+
     def missing(self, needed: Needed) -> dict[str, str]:
         """What of these graphs the cache does not hold: key digest -> region and reason."""
         binder = self._dispatcher.binder
-        if binder.cache is None or not binder.backend.persistent:
+        if binder.cache is None:
             return {}
-        found = needed.missing(binder)
+        found = self.to_compile(needed)
         return {
             digest: f"{graph.region.path}: {binder.cache.explain(binder.key(graph))}" for digest, graph in found.items()
         }
+
+    def describe(self) -> Blueprint:
+        """As `blueprint`, with the VAE in the precision that it decodes in, as the graphs of `needed` are.
+
+        Raises:
+            CompileFailed: something in the models cannot go to another process.
+        """
+        with _decoder_precision(self.pipe, self._dispatcher):
+            return self.blueprint()
 
     def blueprint(self) -> Blueprint:
         """The models without their weights, for a compiling process.

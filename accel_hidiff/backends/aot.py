@@ -77,7 +77,9 @@ class AOTBackend:
             # half-written ones: what does not load is not stored.
             advice = "nothing was stored: compile again, alone or with another TORCHINDUCTOR_CACHE_DIR"
             _require_free_weights(graph, program, _load(graph, directory / _PACKAGE, advice))
-            return {"region": graph.region.kind, "serves": served.to_json(), "inputs": inputs}
+            seconds = round(time.perf_counter() - start, 2)  # what a later estimate goes by
+            notes = {"region": graph.region.kind, "serves": served.to_json(), "inputs": inputs}
+            return {**notes, "seconds": seconds, "weights": graph.region.weights}
 
         entry = cache.link(action, cache.get_or_build(content, build))
         return Prepared(entry, compiled, time.perf_counter() - start)
