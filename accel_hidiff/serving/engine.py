@@ -138,9 +138,12 @@ class Engine:
             job.finish(stopping())
 
     def join(self, timeout: float) -> bool:
-        """Waits for the thread to end, after `close`; False if that takes longer than `timeout` seconds."""
+        """Waits for the thread to end, after `close`; False if that takes longer than `timeout` seconds.
+
+        A thread that still loads its model is not waited for: there is nothing to lose.
+        """
         if self._thread.ident is not None:
-            self._thread.join(timeout)
+            self._thread.join(timeout if self._handle is not None else 0.0)
         return not self._thread.is_alive()
 
     # ---- in the thread ---------------------------------------------------------------------------------------------
