@@ -70,6 +70,32 @@ IMAGES: Final[dict[str, Any]] = {
     },
 }
 
+_COUNT: Final = {"type": "integer", "minimum": 0}
+_TOLD: Final[dict[str, dict[str, Any]]] = {
+    "image_generation.queued": {"type": "object", "required": ["before"], "properties": {"before": _COUNT}},
+    "image_generation.step": {
+        "type": "object",
+        "required": ["image", "step", "total"],
+        "properties": {"image": _COUNT, "step": {**_COUNT, "minimum": 1}, "total": {**_COUNT, "minimum": 1}},
+    },
+    "image_generation.completed": IMAGES,
+    "error": ERROR,
+}
+EVENT: Final[dict[str, Any]] = {
+    "description": "Each event of a stream: first queued, one per step, and last completed or error.",
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["event", "data"],
+            "properties": {
+                "event": {"const": name},
+                "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": told},
+            },
+        }
+        for name, told in _TOLD.items()
+    ],
+}
+
 
 def request_schema(deployment: Deployment) -> dict[str, Any]:
     """JSON schema of a request body."""
@@ -97,7 +123,15 @@ def request_schema(deployment: Deployment) -> dict[str, Any]:
         "stream": {"type": ["boolean", "null"], "description": "Progress by server-sent events. Default: false."},
         "user": {"type": ["string", "null"], "maxLength": requests.MAX_USER, "description": "Not used."},
     }
-    return {"type": "object", "additionalProperties": False, "required": ["prompt"], "properties": properties}
+    both = {"required": ["guidance", "guidance_scale"]}
+    numbers = {name: {"type": "number"} for name in both["required"]}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["prompt"],
+        "properties": properties,
+        "not": {**both, "properties": numbers},
+    }
 
 
 def generation_operation(deployment: Deployment) -> dict[str, Any]:
@@ -106,8 +140,8 @@ def generation_operation(deployment: Deployment) -> dict[str, Any]:
     body = {"schema": request_schema(deployment), "example": example}
     answers: dict[int, Any] = {
         200: {
-            "description": "The images; with `stream`, events: image_generation.queued, .step, .completed; error.",
-            "content": {"application/json": {"schema": IMAGES}, "text/event-stream": {"schema": {"type": "string"}}},
+            "description": "The images; with `stream`, events.",
+            "content": {"application/json": {"schema": IMAGES}, "text/event-stream": {"schema": EVENT}},
         },
         **{status: error_answer(REASONS[status]) for status in REASONS},
     }

@@ -34,4 +34,6 @@ def service(deploy_file: Path) -> Iterator[RunningService]:
         running.wait_ready()
         yield running
         assert running.stop() == 0
-        assert running.log.count("Traceback") <= running.log.count(": the pipeline failed")  # of tests that make it fail
+        assert running.log.count("Traceback") <= running.log.count(
+            ": the pipeline failed"
+        )  # of tests that make it fail

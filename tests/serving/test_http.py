@@ -271,5 +271,7 @@ def test_the_description_is_one_of_openapi(service: RunningService) -> None:
     validate(told)
     assert set(told["paths"]) == {"/livez", "/healthz", "/metrics", "/v1/models", GENERATIONS}
     operation = told["paths"][GENERATIONS]["post"]
-    assert operation["requestBody"]["content"]["application/json"]["schema"]["properties"]["steps"]["maximum"] == MAX_STEPS
+    assert (
+        operation["requestBody"]["content"]["application/json"]["schema"]["properties"]["steps"]["maximum"] == MAX_STEPS
+    )
     assert {"200", "400", "404", "408", "413", "415", "429", "500", "503", "504"} == set(operation["responses"])

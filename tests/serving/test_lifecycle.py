@@ -124,7 +124,9 @@ class TestMissingGraphs:
         without(own_cache, "decoder", shared=False)
         with RunningService(write_deploy_file(tmp_path, own_cache, models)) as service:
             until(lambda: service.client.get("/healthz").json()["models"]["tiny"]["graphs"] == 6, 60, service)
-            until(lambda: service.metric("ready") == 0 and service.draw().json()["error"]["code"] == "graph_missing", 30)
+            until(
+                lambda: service.metric("ready") == 0 and service.draw().json()["error"]["code"] == "graph_missing", 30
+            )
             told = service.client.get("/healthz")
             assert told.status_code == 503 and told.json()["models"]["tiny"]["missing"] == 1
             assert told.json()["models"]["tiny"]["why"][0].startswith("vae.decoder: ")
@@ -153,9 +155,7 @@ class TestMissingGraphs:
             assert session(service.popen.pid) == []
 
     @pytest.mark.slow
-    def test_stopped_while_it_compiles_it_leaves_no_process(
-        self, models: Any, own_cache: Path, tmp_path: Path
-    ) -> None:
+    def test_stopped_while_it_compiles_it_leaves_no_process(self, models: Any, own_cache: Path, tmp_path: Path) -> None:
         without(own_cache, "resnet", "transformer", shared=False)
         models["tiny"]["on_miss"] = "background"
         with RunningService(write_deploy_file(tmp_path, own_cache, models)) as service:
