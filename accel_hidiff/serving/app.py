@@ -98,7 +98,9 @@ def create_app(service: Service) -> Any:
         try:
             answer = await served.answer()
         except Refusal as refusal:
-            return refused(refusal)
+            failure = refused(refusal)
+            failure.headers["X-Request-Id"] = served.number
+            return failure
         return JSONResponse(answer, headers={"X-Request-Id": served.number})
 
     @app.exception_handler(HTTPException)

@@ -24,7 +24,7 @@ from accel_hidiff.errors import BadInput
 LOG = logging.getLogger(__name__)
 _BACKLOG: Final = 512
 _STEP_S: Final = 20.0  # that a thread gets to come to the end of a step
-_CONNECTIONS_S: Final = 5  # that answers get to be read
+_CONNECTIONS_S: Final = 30  # that answers get to be read
 
 
 def serve(deployment: Deployment, announce: Callable[[str], None]) -> int:
@@ -106,12 +106,13 @@ class _Server:
         ended = asyncio.create_task(self._stop.wait())
         await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
         await self._drain()
-        closed = await asyncio.to_thread(self._service.close, 0.0 if self._hurry.is_set() else _STEP_S)
+        patience = 0.0 if self._hurry.is_set() else _STEP_S
+        closed = await asyncio.to_thread(self._service.close, patience, self._problem is not None)
         self._uvicorn.should_exit = True
         await serving
         ended.cancel()
-        if not closed:
-            _leave(self._problem)
+        if not closed and self._problem is None:
+            _leave()
 
     async def _drain(self) -> None:
         self._service.draining = True
@@ -171,11 +172,9 @@ def _ends_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(problem: Exception | None) -> None:
+def _leave() -> None:
     """Ends a process whose engine is in the middle of a long step, or reads weights: there is nothing to lose."""
     LOG.warning("a model is still at work; leaving it")
-    if problem is not None:
-        return
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -137,13 +137,13 @@ class Engine:
         for job in left:
             job.finish(stopping())
 
-    def join(self, timeout: float) -> bool:
+    def join(self, timeout: float, loading: bool = False) -> bool:
         """Waits for the thread to end, after `close`; False if that takes longer than `timeout` seconds.
 
-        A thread that still loads its model is not waited for: there is nothing to lose.
+        A thread that still loads its model is waited for only with `loading`: it has nothing to lose.
         """
         if self._thread.ident is not None:
-            self._thread.join(timeout if self._handle is not None else 0.0)
+            self._thread.join(timeout if loading or self._handle is not None else 0.0)
         return not self._thread.is_alive()
 
     # ---- in the thread ---------------------------------------------------------------------------------------------
@@ -151,13 +151,18 @@ class Engine:
     def _run(self) -> None:
         try:
             graphs = self._open()
+        except Stopped:
+            return
         except Exception as problem:
             self._changed(problem)
             return
         look = 0.0
         while not self._closed:
             if self._missing and time.monotonic() >= look:
-                self._load(graphs)
+                try:
+                    self._load(graphs)
+                except Exception:  # of the cache or a remote: requests are served all the same
+                    LOG.exception("%s: cannot look for graphs", self.model.name)
                 look = time.monotonic() + _LOOK_AGAIN
             if (job := self._next(_LOOK_AGAIN if self._missing else None)) is None:
                 continue
@@ -186,6 +191,8 @@ class Engine:
             import accel_hidiff.deployed  # noqa: F401  (torch, for the most part)
 
             diffusers.utils.logging.disable_progress_bar()
+            if self._closed:
+                raise Stopped
             imported = time.monotonic()
             handle = self._open_model(self.model)
         if handle.patch.task != "text2img":

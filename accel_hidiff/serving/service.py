@@ -70,17 +70,21 @@ class Service:
         """Whether no request waits or runs."""
         return all(engine.idle() for engine in self.engines.values())
 
-    def close(self, timeout: float) -> bool:
+    def close(self, timeout: float, loading: bool = False) -> bool:
         """Refuses what is left, ends compiling processes and threads.
 
+        Args:
+            timeout: seconds that threads get to come to the end of a step.
+            loading: wait as long for models that are being loaded, too.
+
         Returns:
-            False if a thread was still at work after `timeout` seconds: in the middle of a step, or loading weights.
+            False if a thread is still at work.
         """
         self.draining = True
         for engine in self.engines.values():
             engine.close()
         end = time.monotonic() + timeout
-        ended = [engine.join(max(0.0, end - time.monotonic())) for engine in self.engines.values()]
+        ended = [engine.join(max(0.0, end - time.monotonic()), loading) for engine in self.engines.values()]
         with self._lock:
             pool, self._pool = self._pool, None
         if pool is not None:

@@ -199,7 +199,8 @@ class TestFaults:
         assert answer.status_code == 500
         error = error_of(answer)
         assert error["type"] == "server_error" and "the pipeline failed with ValueError" in error["message"]
-        number = error["message"].rsplit(" ", 1)[-1]
+        number = answer.headers["x-request-id"]
+        assert error["message"].endswith(f"under request {number}")
         until(lambda: "original_steps" in service.log or "original_inference_steps" in service.log)
         assert f"{number}: the pipeline failed" in service.log
         assert service.draw(model="lcm", steps=4).json()["data"] == right
