@@ -1,9 +1,9 @@
-"""Fixtures of the compiled half: one tiny model and one cache, compiled once for the whole test session."""
+"""Fixtures of the compiled half; the tiny model and its cache are in `tests/conftest.py`."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +11,13 @@ import pytest
 import torch
 
 import accel_hidiff as ah
-from accel_hidiff.demo import build_pipeline, save_model, tiny_config
 from compile_cache import CompileCache
 from tests import models
+from tests.conftest import SIZES, STEPS
+
+__all__ = ["CONFIG", "SIZES", "STEPS"]
 
 CONFIG = ah.HiDiffusionConfig()
-STEPS = 7  # [0, 1) windowed+dilated, [1, 2) windowed+pooled, [2, 7) windowed
-SIZES = [(128, 128), (128, 192), (256, 128)]  # (height, width): square, landscape, portrait
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "tiny", config=tiny_config())
-
-
-@pytest.fixture(scope="session")
-def make_pipe() -> Callable[..., Any]:
-    def make(seed: int = 0) -> Any:
-        pipe = build_pipeline(seed, config=tiny_config())
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def precompiled(tmp_path_factory: pytest.TempPathFactory, make_pipe: Any) -> tuple[Path, Any]:
-    """A cache with every graph of the three sizes, and the report of how it was made."""
-    location = tmp_path_factory.mktemp("cache")
-    handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=location)
-    report = handle.precompile(SIZES, STEPS)
-    handle.remove()
-    return location, report
-
-
-@pytest.fixture(scope="session")
-def cache_dir(precompiled: Any) -> Path:
-    """The session's cache; read it, do not change it."""
-    return precompiled[0]
-
-
-@pytest.fixture
-def own_cache(cache_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the session's cache, to be damaged."""
-    return Path(shutil.copytree(cache_dir, tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
