@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from accel_hidiff.background import Background
 from accel_hidiff.binder import ArtifactFailed, Binder, BoundCall, Graphs, Missing
+from accel_hidiff.compiling.background import Background
 from accel_hidiff.errors import BadInput, GraphMiss
 from accel_hidiff.fingerprint import ModuleState
 from accel_hidiff.guard import CallFacts, Reject, judge_call

@@ -132,6 +132,12 @@ class CompileCache(CacheReader):
         private = None if self._sign_with is None else self._sign_with.private_bytes()
         return Handover(str(self.location), options, private)
 
+    @classmethod
+    def from_handover(cls, handover: Handover) -> CompileCache:
+        """The cache that :meth:`handover` told of, with counters, and a connection to its remote, of its own."""
+        signer = None if handover.private is None else SigningKey.from_private_bytes(handover.private)
+        return cls(handover.location, sign_with=signer, **handover.options)
+
     @property
     def remote(self) -> Remote | None:
         """The second tier."""

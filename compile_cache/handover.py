@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from .signing import SigningKey
-
-if TYPE_CHECKING:
-    from .cache import CompileCache
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Handover:
-    """Location, options and keys of a cache, for another process of this user; see :meth:`CompileCache.handover`.
+    """Location, options and keys of a cache, for a process of the same user; :class:`CompileCache` makes and opens it.
 
     It holds the private key of a cache that signs: send it over a pipe of your own, keep it in no file.
     """
@@ -22,10 +17,3 @@ class Handover:
     location: str
     options: Mapping[str, Any] = field(repr=False)
     private: bytes | None = field(repr=False)
-
-    def open(self) -> CompileCache:
-        """The same cache, in this process; with counters, and a connection to its remote, of its own."""
-        from .cache import CompileCache
-
-        signer = None if self.private is None else SigningKey.from_private_bytes(self.private)
-        return CompileCache(self.location, sign_with=signer, **self.options)

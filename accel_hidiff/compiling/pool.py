@@ -22,7 +22,7 @@ from typing import IO, Any, Final
 import psutil
 
 from accel_hidiff.compiling.blueprint import Blueprint, CompileJob
-from accel_hidiff.compiling.worker import LOWEST_PRIORITY, write_frame
+from accel_hidiff.compiling.frames import LOWEST_PRIORITY, write_frame
 from accel_hidiff.errors import BadInput
 from compile_cache import CompileCache, CompileCacheError
 

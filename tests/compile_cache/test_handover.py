@@ -17,7 +17,7 @@ def test_the_same_cache_is_opened(tmp_path):
     cache = CompileCache(
         tmp_path / "cache", max_bytes=1 << 30, max_age=60, trust=MINE.public, sign_with=MINE, remote=remote
     )
-    again = pickle.loads(pickle.dumps(cache.handover())).open()
+    again = CompileCache.from_handover(pickle.loads(pickle.dumps(cache.handover())))
     assert (again.location, again.limits, again.remote) == (cache.location, cache.limits, remote)
     again.get_or_build(KEY, build)
     assert cache.get(KEY).signed_by == (str(MINE.public),)
@@ -25,7 +25,7 @@ def test_the_same_cache_is_opened(tmp_path):
 
 def test_a_read_only_one_stays_read_only(tmp_path):
     CompileCache(tmp_path).get_or_build(KEY, build)
-    again = CompileCache(tmp_path, read_only=True).handover().open()
+    again = CompileCache.from_handover(CompileCache(tmp_path, read_only=True).handover())
     assert again.get(KEY) is not None
     with pytest.raises(Exception, match="read_only=True"):
         again.require_writable()
