@@ -296,8 +296,7 @@ class Handle:
         if self._sealed:
             sealing.release()
             self._sealed = False
-        if self._dispatcher.background is not None:
-            self._dispatcher.background.close()
+        self._dispatcher.close()
         self._undo.undo()
         if self._guidance is not None:
             self._guidance.remove()
