@@ -151,7 +151,8 @@ def wall_seconds(costs: Sequence[Cost], jobs: int) -> float:
 
 
 def fit(rows: Iterable[Mapping[str, Any]]) -> dict[str, Line]:
-    """The lines through measured points, by least squares, for each kind of region.
+    """The lines through measured points, for each kind of region: by least squares where their weight tensors differ by a
+    factor of two at least, else in proportion to them.
 
     Args:
         rows: with region, weights, seconds and bytes.
@@ -164,7 +165,9 @@ def fit(rows: Iterable[Mapping[str, Any]]) -> dict[str, Line]:
 
 def _line(points: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
     weights, values = [point["weights"] for point in points], [point[name] for point in points]
-    if len(set(weights)) == 1:
+    if max(weights) == 0:
         return statistics.fmean(values), 0.0
+    if max(weights) < 2 * min(weights):
+        return 0.0, statistics.fmean(values) / statistics.fmean(weights)
     slope, intercept = statistics.linear_regression(weights, values)
     return intercept, slope

@@ -124,8 +124,9 @@ class TestCheck:
         (with_family,) = ran.json["models"]
         ran = precompile(deploy(None, (configs, "")), "--dry-run", "--json")
         (plain,) = ran.json["models"]
-        assert with_net["artifacts"] > plain["artifacts"] and with_net["graphs"] > plain["graphs"]
-        assert with_family["graphs"] > 10 * plain["graphs"] and with_family["artifacts"] == plain["artifacts"]
+        assert with_net["graphs"] == plain["graphs"] + 3 * 2, "a ControlNet's at three sizes and two batches"
+        assert with_family["graphs"] > 10 * plain["graphs"]
+        assert with_net["artifacts"] == with_family["artifacts"] == plain["artifacts"], "all share one set"
 
     @pytest.mark.parametrize("backend", ["inductor", "eager"])
     def test_a_backend_with_nothing_to_precompile(
