@@ -151,8 +151,9 @@ def wall_seconds(costs: Sequence[Cost], jobs: int) -> float:
 
 
 def fit(rows: Iterable[Mapping[str, Any]]) -> dict[str, Line]:
-    """The lines through measured points, for each kind of region: by least squares where their weight tensors differ by a
-    factor of two at least, else in proportion to them.
+    """The lines through measured points, for each kind of region.
+
+    By least squares where their weight tensors differ by a factor of two at least, else in proportion to them.
 
     Args:
         rows: with region, weights, seconds and bytes.
