@@ -1,11 +1,13 @@
-"""The command line: `accel-hidiff {demo,precompile,generate,explain,doctor}`.
+"""The command line: `accel-hidiff {demo,precompile,serve,generate,explain,doctor}`.
 
 Exit codes: 0 done, 1 the work failed, 2 bad usage or bad input, with one line on stderr.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import sys
 import warnings
@@ -19,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_steps
-from accel_hidiff.deploy import is_deploy_file, parse_size
+from accel_hidiff.deploy import is_deploy_file, load_deployment, parse_size
 from accel_hidiff.errors import AccelHiDiffError, BadInput, CompileFailed, PatchConflict
 from accel_hidiff.precompiling.options import Options
 from accel_hidiff.schedule import running_steps
@@ -204,6 +206,27 @@ def generate(
         print(path_text)
     for reason, count in handle.stats.rejected.items():
         print(f"{count} calls ran eager: {reason}", file=sys.stderr)
+
+
+@app.command()
+def serve(
+    deploy_file: Annotated[Path, typer.Argument(help="A deploy file (TOML).", show_default=False)],
+    host: Annotated[str | None, typer.Option(help="In place of service.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="In place of service.port; 0: any free one.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Serve the models of a deploy file over HTTP, until SIGTERM or SIGINT."""
+    from accel_hidiff.serving.command import serve as run_service
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    deployment = load_deployment(deploy_file)
+    service = deployment.service
+    service = dataclasses.replace(service, host=host or service.host, port=service.port if port is None else port)
+
+    def announce(url: str) -> None:
+        print(json.dumps({"serving": url}) if as_json else f"serving on {url}", flush=True)
+
+    return run_service(dataclasses.replace(deployment, service=service), announce)
 
 
 @app.command()

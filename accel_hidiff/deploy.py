@@ -193,7 +193,7 @@ class ServiceTable:
 
     Args:
         host, port: where it listens; port 0: any free one.
-        queue: requests that may wait; one more is answered with status 429.
+        queue: requests that may wait for each model; one more is answered with status 429.
         timeout: seconds that a request may take, waiting included.
         drain: seconds that requests get to end when the service is stopped.
         max_images: images of one request.

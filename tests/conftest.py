@@ -1,13 +1,19 @@
-"""For every test that runs a model."""
+"""For every test that runs a model: one tiny model, and one cache that is compiled once for the whole test session."""
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.register_assert_rewrite("tests.bundles", "tests.entries", "tests.remotes")
+
+STEPS = 7  # [0, 1) windowed+dilated, [1, 2) windowed+pooled, [2, 7) windowed
+SIZES = [(128, 128), (128, 192), (256, 128)]  # (height, width): square, landscape, portrait
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -21,3 +27,47 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from accel_hidiff.demo import save_model, tiny_config
+
+    return save_model(tmp_path_factory.mktemp("model") / "tiny", config=tiny_config())
+
+
+@pytest.fixture(scope="session")
+def make_pipe() -> Callable[..., Any]:
+    from accel_hidiff.demo import build_pipeline, tiny_config
+
+    def make(seed: int = 0) -> Any:
+        pipe = build_pipeline(seed, config=tiny_config())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def precompiled(tmp_path_factory: pytest.TempPathFactory, make_pipe: Any) -> tuple[Path, Any]:
+    """A cache with every graph of the three sizes, and the report of how it was made."""
+    import accel_hidiff as ah
+
+    location = tmp_path_factory.mktemp("cache")
+    handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=location)
+    report = handle.precompile(SIZES, STEPS)
+    handle.remove()
+    return location, report
+
+
+@pytest.fixture(scope="session")
+def cache_dir(precompiled: Any) -> Path:
+    """The session's cache; read it, do not change it."""
+    location: Path = precompiled[0]
+    return location
+
+
+@pytest.fixture
+def own_cache(cache_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the session's cache, to be damaged."""
+    return Path(shutil.copytree(cache_dir, tmp_path / "cache"))

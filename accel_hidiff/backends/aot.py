@@ -101,7 +101,9 @@ class AOTBackend:
                 f"{graph.region.path}: expected a region that holds {missing[0]}, which artifact {entry.digest[:12]} "
                 "binds; it was made for another structure: delete it (compile-cache verify) and compile again"
             )
-        bound = {name: tensors[name] for name in names}
+        # Tensors of its own over the same memory: `module.to(...)` gives a parameter other memory, and what the code
+        # reads must live until the next request binds anew.
+        bound = {name: tensors[name].detach() for name in names}
         package.load_constants(bound, False, True, user_managed=True)  # all of the active buffer
         run = package.boxed_run
 

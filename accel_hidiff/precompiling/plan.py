@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accel_hidiff.compiling.needed import Needed
 from accel_hidiff.deploy import Deployment, ModelTable
 from accel_hidiff.deployed import open_deployed_cache, open_deployed_model
 from accel_hidiff.errors import BadInput
 from accel_hidiff.pipeline import Handle
-from accel_hidiff.precompile import Needed
 from accel_hidiff.precompiling.estimate import Cost, Estimator
 from accel_hidiff.regions import RegionGraph
 from compile_cache import CompileCache

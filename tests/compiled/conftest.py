@@ -1,9 +1,9 @@
-"""Fixtures of the compiled half: one tiny model and one cache, compiled once for the whole test session."""
+"""Fixtures of the compiled half; the tiny model and its cache are in `tests/conftest.py`."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +11,13 @@ import pytest
 import torch
 
 import accel_hidiff as ah
-from accel_hidiff.demo import build_pipeline, save_model, tiny_config
 from compile_cache import CompileCache
+from tests import models
+from tests.conftest import SIZES, STEPS
 
-STEPS = 7  # [0, 1) windowed+dilated, [1, 2) windowed+pooled, [2, 7) windowed
-SIZES = [(128, 128), (128, 192), (256, 128)]  # (height, width): square, landscape, portrait
+__all__ = ["CONFIG", "SIZES", "STEPS"]
 
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "tiny", config=tiny_config())
-
-
-@pytest.fixture(scope="session")
-def make_pipe() -> Callable[..., Any]:
-    def make(seed: int = 0) -> Any:
-        pipe = build_pipeline(seed, config=tiny_config())
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def precompiled(tmp_path_factory: pytest.TempPathFactory, make_pipe: Any) -> tuple[Path, Any]:
-    """A cache with every graph of the three sizes, and the report of how it was made."""
-    location = tmp_path_factory.mktemp("cache")
-    handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=location)
-    report = handle.precompile(SIZES, STEPS)
-    handle.remove()
-    return location, report
-
-
-@pytest.fixture(scope="session")
-def cache_dir(precompiled: Any) -> Path:
-    """The session's cache; read it, do not change it."""
-    return precompiled[0]
-
-
-@pytest.fixture
-def own_cache(cache_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the session's cache, to be damaged."""
-    return Path(shutil.copytree(cache_dir, tmp_path / "cache"))
+CONFIG = ah.HiDiffusionConfig()
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +34,16 @@ def strict(make_pipe: Any, cache_dir: Path) -> Iterator[Any]:
     handle.remove()
 
 
+@pytest.fixture
+def twins(cache_dir: Path) -> tuple[Any, Any]:
+    """(handle under `on_miss="eager"`, patched eager pipeline) of the same weights."""
+    served, eager = models.build("sdxl", "text2img"), models.build("sdxl", "text2img")
+    cache = CompileCache(cache_dir, read_only=True)
+    handle = ah.accelerate(served, hidiffusion=CONFIG, cache=cache, on_miss="eager")
+    ah.apply_hidiffusion(eager, config=CONFIG)
+    return handle, eager
+
+
 def accelerate_strict(pipe: Any, cache: Path) -> Any:
     config = ah.HiDiffusionConfig()
     return ah.accelerate(pipe, hidiffusion=config, cache=CompileCache(cache), on_miss="error")
@@ -78,6 +53,11 @@ def request(pipe: Any, height: int = 128, width: int = 192, **kwargs: Any) -> to
     """One request of seed 0; latents unless `output_type` says otherwise."""
     options = {"num_inference_steps": STEPS, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     return pipe("a red circle", height=height, width=width, **{**options, **kwargs}).images
+
+
+def image(pipe: Any, **changes: Any) -> torch.Tensor:
+    """The image of one request of seed 0, float32."""
+    return torch.as_tensor(request(pipe, output_type="pt", **changes)).float()
 
 
 def unet_inputs(unet: Any, height: int, width: int, batch: int) -> dict[str, Any]:
