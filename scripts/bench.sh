@@ -6,7 +6,7 @@
 #   --here  use the current environment instead of .venv, and install nothing
 #   --tiny  smoke runs: a tiny model, small sizes; the figures mean nothing
 #   --list  only say what would run
-#   NAME    benchmarks to run (benchmarks/README.md tells what each does); without: all but those that need a GPU
+#   NAME    benchmarks to run (benchmarks/README.md tells what each does); without: all but gpu, which needs one, and soak, which is long
 #
 # One that fails leaves the others; the exit code is then 1.
 
@@ -18,7 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 known=(dispatch cache step compile memory cold_start regions_choice inversion)
 for path in "$REPO"/benchmarks/*.py; do
     name="$(basename "$path" .py)"
-    if grep -q '^if __name__ == "__main__":' "$path" && [ "$name" != gpu ] && [[ " ${known[*]} " != *" $name "* ]]; then
+    if grep -q '^if __name__ == "__main__":' "$path" && [[ " ${known[*]} gpu soak " != *" $name "* ]]; then
         known+=("$name")
     fi
 done
@@ -36,7 +36,7 @@ while [ $# -gt 0 ]; do
         ;;
     -*) fail "expected --here, --tiny, --list, --out FOLDER or names of benchmarks, got $1" ;;
     *)
-        [ -f "$REPO/benchmarks/$1.py" ] || fail "expected one of ${known[*]} gpu, got $1"
+        [ -f "$REPO/benchmarks/$1.py" ] || fail "expected one of ${known[*]} gpu soak, got $1"
         names+=("$1")
         ;;
     esac
@@ -47,7 +47,7 @@ done
 # What a benchmark needs beside --out and --tiny; one thread is measured where a busy machine would disturb two.
 arguments_of() { # NAME
     case "$1" in
-    step | memory | compile | inversion) echo --threads 1 ;;
+    step | memory | compile | inversion | service) echo --threads 1 ;;
     regions_choice) if [ ${#tiny[@]} -gt 0 ]; then echo --threads 1; else echo --threads 1 --size 512x512 --size 640x384; fi ;;
     esac
 }

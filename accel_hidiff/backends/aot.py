@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -228,7 +229,7 @@ def program_digest(program: torch.export.ExportedProgram) -> str:
     lines = []
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        lines.append([node.op, node.name, str(node.target), str(node.args), str(node.kwargs), _describe(value)])
+        lines.append([node.op, node.name, _named(node.target), str(node.args), str(node.kwargs), _describe(value)])
     ranges = sorted((str(symbol), str(limits)) for symbol, limits in program.range_constraints.items())
     signature = program.graph_signature
     specs = [
@@ -236,6 +237,11 @@ def program_digest(program: torch.export.ExportedProgram) -> str:
     ]
     text = json.dumps([lines, ranges, specs], separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _named(target: Any) -> str:
+    """The same in every process: the text of a plain function would have its address in it."""
+    return f"{target.__module__}.{target.__qualname__}" if isinstance(target, FunctionType) else str(target)
 
 
 def _describe(value: Any) -> Any:

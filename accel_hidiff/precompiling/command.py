@@ -13,6 +13,7 @@ from rich.table import Table
 
 from accel_hidiff.compiling.pool import CompilePool
 from accel_hidiff.deploy import load_deployment
+from accel_hidiff.errors import CompileFailed
 from accel_hidiff.precompiling.check import check, estimate
 from accel_hidiff.precompiling.estimate import Estimator, samples_of
 from accel_hidiff.precompiling.machine import Workers
@@ -35,7 +36,7 @@ def precompile_file(file: str, options: Options) -> int:
 
     Raises:
         BadInput, CompileCacheError: the file, a model or the cache is not what it should be.
-        CompileFailed: artifacts could not be compiled; the report is on stdout by then.
+        CompileFailed: artifacts could not be compiled, and the report is on stdout by then; or Ctrl-C was pressed.
     """
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest, **more: print(one_line(message, 1000), file=sys.stderr)
@@ -75,8 +76,9 @@ def _compile(plan: Plan, chosen: Workers, options: Options) -> None:
         with shown(console, rows, chosen.jobs) as board, pool:
             report = run(plan, pool, costs, board)
     except KeyboardInterrupt:
-        console.print("stopped; what was compiled is in the cache: the same command goes on from there")
-        raise
+        raise CompileFailed(
+            "stopped; what was compiled until now is in the cache, and the same command goes on from there"
+        ) from None
     _tell(options, report.to_json(), report.table(), report.lines())
     report.raise_failed()
 

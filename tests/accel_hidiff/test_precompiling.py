@@ -58,9 +58,12 @@ class TestEstimator:
 
     def test_lines_go_through_the_points(self) -> None:
         rows = [{"region": "resnet", "weights": w, "seconds": 2 + 3 * w, "bytes": 5} for w in (1, 4, 10)]
-        rows.append({"region": "decoder", "weights": 7, "seconds": 9, "bytes": 8})
+        rows += [{"region": "decoder", "weights": w, "seconds": s, "bytes": 8} for w, s in ((6, 30), (10, 10))]
+        rows.append({"region": "cfgpp step", "weights": 0, "seconds": 9, "bytes": 8})
         lines = fit(rows)
-        assert lines["resnet"].at(2) == (pytest.approx(8), 1e3) and lines["decoder"] == Line(9, 0, 8, 0)
+        assert lines["resnet"].at(2) == (pytest.approx(8), 1e3), "least squares"
+        assert lines["decoder"] == Line(0, 2.5, 0, 1), "in proportion: too close to each other for a line"
+        assert lines["cfgpp step"] == Line(9, 0, 8, 0)
 
     def test_the_table_is_that_of_the_committed_benchmark(self) -> None:
         report = json.loads((ROOT / TABLE_FROM.partition(":")[0]).read_text())

@@ -124,8 +124,9 @@ class TestCheck:
         (with_family,) = ran.json["models"]
         ran = precompile(deploy(None, (configs, "")), "--dry-run", "--json")
         (plain,) = ran.json["models"]
-        assert with_net["artifacts"] > plain["artifacts"] and with_net["graphs"] > plain["graphs"]
-        assert with_family["graphs"] > 10 * plain["graphs"] and with_family["artifacts"] == plain["artifacts"]
+        assert with_net["graphs"] == plain["graphs"] + 3 * 2, "a ControlNet's at three sizes and two batches"
+        assert with_family["graphs"] > 10 * plain["graphs"]
+        assert with_net["artifacts"] == with_family["artifacts"] == plain["artifacts"], "all share one set"
 
     @pytest.mark.parametrize("backend", ["inductor", "eager"])
     def test_a_backend_with_nothing_to_precompile(
@@ -228,6 +229,7 @@ class TestCompile:
         assert ran.code == 1 and "of memory, 0.01 GB are allowed" in ran.err.splitlines()[-1]
         assert "failed" in ran.err and children() == []
 
+    @pytest.mark.slow
     def test_a_cache_that_is_too_small(self, precompile: Any, deploy: Any, configs: Path, own_cache: Path) -> None:
         file = deploy(without(own_cache, "resnet"), (configs, ""), cache_says="max_bytes = 1000")
         ran = precompile(file, "--jobs", "1")
@@ -280,16 +282,20 @@ class TestSigned:
 def started(file: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ah.__file__).parents[1])}
     command = [sys.executable, "-m", "accel_hidiff.cli", "precompile", str(file), *arguments]
-    with log.open("wb") as stream:
-        return subprocess.Popen(command, stderr=stream, stdout=stream, env=environment)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's child would ignore it
+    try:
+        with log.open("wb") as stream:
+            return subprocess.Popen(command, stderr=stream, stdout=stream, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class TestStopped:
-    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+    @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
     def test_it_goes_on_where_it_was_stopped(
         self, precompile: Any, deploy: Any, configs: Path, own_cache: Path, tmp_path: Path, how: signal.Signals
     ) -> None:
-        file = deploy(without(own_cache, "resnet", "transformer"), (configs, ""))
+        file = deploy(without(own_cache, "resnet"), (configs, ""))
         log = tmp_path / "log"
         process = started(file, log, "--jobs", "1")
         until(lambda: " found " in log.read_text() or process.poll() is not None, 240)
@@ -298,13 +304,13 @@ class TestStopped:
         if how == signal.SIGINT:
             assert process.wait(60) == 1
             text = log.read_text()
-            assert "the same command goes on from there" in text and "accel-hidiff: interrupted" in text
+            assert "accel-hidiff: stopped; what was compiled until now is in the cache" in text.splitlines()[-1]
             assert list((own_cache / "v1" / "tmp").iterdir()) == []
         else:
             assert process.wait(60) == -signal.SIGKILL
         assert "Traceback" not in text and CompileCache(own_cache).verify().ok
         left = len(precompile(file, "--check", "--json").json["missing"])
-        assert 0 < left < 5, "what was there before stays"
+        assert 0 < left < 3, "what was there before stays"
         ran = precompile(file, "--jobs", "1")
         assert ran.code == 0 and f"{left} of {left}  found" in ran.err
 
