@@ -28,6 +28,7 @@ _HOME = {
     "Inversion": "cfgpp.inversion",
     "accelerate": "pipeline",
     "Handle": "pipeline",
+    "replica": "replicas",
     "CompilePool": "compiling.pool",
     "SizeWarning": "errors",
     "AccelHiDiffError": "errors",
@@ -36,6 +37,7 @@ _HOME = {
     "NotAPipeline": "errors",
     "PatchConflict": "errors",
     "NoPhase": "errors",
+    "PipelineBusy": "errors",
     "GraphMiss": "errors",
     "CompileFailed": "errors",
 }

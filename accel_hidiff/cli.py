@@ -21,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_steps
-from accel_hidiff.deploy import load_deployment, parse_size
+from accel_hidiff.deploy import is_deploy_file, load_deployment, parse_size
 from accel_hidiff.errors import AccelHiDiffError, BadInput, CompileFailed, PatchConflict
+from accel_hidiff.precompiling.options import Options
 from accel_hidiff.schedule import running_steps
 from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey
 from compile_cache import Remote as SecondTier
@@ -81,8 +82,12 @@ def quiet() -> None:
 
 @app.command()
 def precompile(
-    model: Model,
-    size: Sizes,
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(help="A diffusers folder, a hub id (owner/name) or a deploy file (.toml).", show_default=False),
+    ],
+    size: Sizes = [],  # noqa: B006
     steps: Steps = 30,
     cache: CacheDir = _CACHE,
     regions: Regions = "blocks",
@@ -102,18 +107,29 @@ def precompile(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    check: Annotated[bool, typer.Option("--check", help="Of a deploy file: only say what is missing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of a deploy file: only estimate minutes, bytes.")] = False,
+    jobs: Annotated[int | None, typer.Option("--jobs", help="Compiling processes.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Of a deploy file: of each process, such as 8GB.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compile every graph that requests of these sizes need. Can be stopped and started again."""
+    """Compile every graph that requests of these sizes need, or all of a deploy file. Can be stopped, and goes on."""
+    options = Options.of(context, file=is_deploy_file(model))
+    if is_deploy_file(model):
+        from accel_hidiff.precompiling.command import precompile_file
+
+        raise typer.Exit(precompile_file(model, options))
+    if not size:
+        raise BadInput("--size: expected at least one WIDTHxHEIGHT, got none; give it, or a deploy file (.toml)")
     from accel_hidiff.models import load_pipeline
 
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
     signer = None if sign_with is None else SigningKey.load(sign_with)
     store = _open_cache(cache, remote, trust, push=push, sign_with=signer)
-    options = {"cache": store, "regions": regions, "shapes": shapes, "family": family, "task": task}
+    settings = {"cache": store, "regions": regions, "shapes": shapes, "family": family, "task": task}
     guidance = _cfgpp(cfgpp)
-    handle = _accelerate(load_pipeline(model, dtype, device, controlnet), guidance=guidance, **options)
+    handle = _accelerate(load_pipeline(model, dtype, device, controlnet), guidance=guidance, **settings)
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -133,7 +149,7 @@ def precompile(
                 line = f"{event.number:3} of {event.total}  {event.state:8} {event.seconds:6.1f} s  {event.region}"
                 console.print(line, highlight=False)
 
-        report = handle.precompile(sizes, steps, batch_sizes=batch, strength=strength, progress=show)
+        report = handle.precompile(sizes, steps, batch_sizes=batch, strength=strength, jobs=jobs, progress=show)
     _print(report.to_json() if as_json else report.table())
 
 

@@ -78,6 +78,7 @@ class PipelineClock:
             )
         index = index_in(timestep, timesteps)
         if index is None:
+            self._refuse_others(timestep, timesteps)
             index = self._index_by_value(timestep, timesteps, pipe.scheduler)
         request = self._request
         if request.timesteps is not timesteps or (request.first is not None and index < request.first):
@@ -88,6 +89,22 @@ class PipelineClock:
         calls = calls or len(timesteps) - request.first
         step = logical_step(pipe.scheduler, index - request.first)
         return StepPosition(step, max(logical_step(pipe.scheduler, calls - 1), step) + 1)
+
+    def _refuse_others(self, timestep: Any, timesteps: Tensor) -> None:
+        """NoPhase for a timestep of another schedule: that of a pipeline which shares the UNet and has a scheduler of
+        its own, or this one's before somebody else set it anew. Some of its values may be in this schedule, too."""
+        mine = self._request.timesteps
+        if self._request.own and mine is not None and index_in(timestep, mine) is not None:
+            raise NoPhase(
+                "the pipeline's scheduler got another schedule while its request ran; expected one request at a time "
+                "on a scheduler: give the other pipeline a scheduler, and modules, of its own (ah.replica)"
+            )
+        if isinstance(timestep, Tensor) and _is_of_another(timestep, timesteps):
+            raise NoPhase(
+                f"the UNet was called over another schedule than the {len(timesteps)} timesteps of the pipeline that "
+                "it is patched for; give the other pipeline modules of its own over the same weights (ah.replica), or "
+                "let the two share the scheduler and take turns"
+            )
 
     @staticmethod
     def _index_by_value(timestep: Any, timesteps: Tensor, scheduler: Any) -> int:
@@ -110,6 +127,16 @@ def index_in(timestep: Any, timesteps: Tensor) -> int | None:
         return None
     index = (timestep.storage_offset() - timesteps.storage_offset()) // timesteps.stride(0)
     return index if 0 <= index < len(timesteps) else None
+
+
+def _is_of_another(timestep: Tensor, timesteps: Tensor) -> bool:
+    """Whether a timestep is a view into a schedule that is neither these timesteps, nor a copy of a stretch of them."""
+    storage = timestep.untyped_storage()
+    whole = torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage).tolist()
+    known = timesteps.tolist()
+    if len(set(whole)) == 1:
+        return False
+    return not any(known[first : first + len(whole)] == whole for first in range(len(known)))
 
 
 def logical_step(scheduler: Any, call: int) -> int:

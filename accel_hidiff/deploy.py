@@ -151,7 +151,9 @@ class ModelTable:
         for option, allowed in (("family", FAMILIES), ("task", TASKS), ("dtype", ("float32", "float16", "bfloat16"))):
             if getattr(self, option) is not None:
                 check_choice(f"models.{option}", getattr(self, option), allowed)
-        check_choice("models.backend", self.backend, ("aot", "inductor", "onediff", "eager"))
+        if self.backend == "onediff":
+            raise BadInput('models.backend: expected "aot", got "onediff", which this release does not have; use "aot"')
+        check_choice("models.backend", self.backend, ("aot", "inductor", "eager"))
         check_choice("models.regions", self.regions, ("blocks", "whole"))
         check_choice("models.shapes", self.shapes, ("symbolic", "exact"))
         check_choice("models.on_miss", self.on_miss, SERVICE_ON_MISS)
@@ -252,6 +254,15 @@ class Deployment:
             if name is None or model.name == name:
                 return model
         raise BadInput(f"model: expected one of {', '.join(model.name for model in self.models)}, got {name!r}")
+
+
+def is_deploy_file(text: str) -> bool:
+    """Whether a command's argument names a deploy file, and no model.
+
+    >>> is_deploy_file("deploy.toml"), is_deploy_file("models/sdxl")
+    (True, False)
+    """
+    return text.endswith(".toml") and not os.path.isdir(text)
 
 
 def load_deployment(path: str | os.PathLike[str]) -> Deployment:

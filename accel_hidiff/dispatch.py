@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from accel_hidiff.background import Background
 from accel_hidiff.binder import ArtifactFailed, Binder, BoundCall, Graphs, Missing
+from accel_hidiff.compiling.background import Background
 from accel_hidiff.errors import BadInput, GraphMiss
 from accel_hidiff.fingerprint import ModuleState
 from accel_hidiff.guard import CallFacts, Reject, judge_call
@@ -214,6 +214,10 @@ class Dispatcher:
     def _arrived(self, name: Name | None, graphs: Callable[[], Graphs]) -> None:
         """All graphs of a call are in the cache: the next call of this name runs them, never one under way."""
         with self._lock:
+            changed = [model for model in ([name[0]] if name else self._models) if self._changed(str(model))]
+            if changed:  # since the request that asked: these graphs are not what the next one needs
+                self._forget([str(model) for model in changed])
+                return
             found = self.binder.bind_all(graphs(), compile_missing=False)
             if isinstance(found, dict) and name is not None:
                 self._graphs[name] = Graph(found)

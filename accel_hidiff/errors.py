@@ -29,6 +29,10 @@ class NoPhase(AccelHiDiffError, RuntimeError):
     """A patched UNet was called without a step: neither its pipeline nor `patch.phase(...)` names one."""
 
 
+class PipelineBusy(AccelHiDiffError, RuntimeError):
+    """A request begins while another thread is in one on the same pipeline object."""
+
+
 class GraphMiss(AccelHiDiffError, RuntimeError):
     """No compiled graph serves this call, and `on_miss="error"` forbids compiling or running eager."""
 

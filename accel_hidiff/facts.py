@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from accel_hidiff.guard import CallFacts
 from accel_hidiff.topology import Topology
 
+_HOOKS = ("_hf_hook", "_diffusers_hook")
+
 
 def call_name(sample: Tensor, text: Any = None) -> tuple[Hashable, ...]:
     """What, beside the model and the topology, decides which graph serves a call. Cheap: built at every call."""
@@ -33,6 +35,7 @@ def call_facts(
     extras: tuple[str, ...] = (),
     model: nn.Module | None = None,
     whole: bool = False,
+    hook: str = "",
 ) -> CallFacts:
     """The facts of a call.
 
@@ -43,6 +46,7 @@ def call_facts(
         extras: names of optional arguments that were given.
         model: whose weights serve it; None: it has none.
         whole: one graph for the whole model.
+        hook: around something that holds the model, see `hook_of`.
     """
     batch, _, height, width = sample.shape
     fits = isinstance(text, Tensor) and text.ndim == 3 and text.shape[0] == batch and text.dtype == sample.dtype
@@ -60,4 +64,10 @@ def call_facts(
         autocast=torch.is_autocast_enabled(sample.device.type),
         tensor_text=text is None or fits,
         weights=str(sample.device if model is None else next(model.parameters()).device),
+        hook=hook or hook_of(model),
     )
+
+
+def hook_of(module: Any) -> str:
+    """The attribute in which a module has a hook of accelerate or diffusers around its forward; "" for none."""
+    return next((name for name in _HOOKS if name in vars(module)), "") if module is not None else ""

@@ -40,7 +40,8 @@ class CallFacts:
 
     Sizes are latent; `tokens` is the text length; `extras` names the optional arguments that were given, `whole` tells
     that one graph serves the whole model; `dtype` and `device` are the sample's, `weights` the device that the weights
-    are on ("" where it is not known).
+    are on ("" where it is not known), `hook` the attribute in which the model has a hook of accelerate or diffusers
+    ("" for none).
     """
 
     topology: Topology
@@ -56,6 +57,7 @@ class CallFacts:
     autocast: bool = False
     tensor_text: bool = True
     weights: str = ""
+    hook: str = ""
 
 
 def judge_call(facts: CallFacts) -> Decision:
@@ -68,6 +70,11 @@ def judge_call(facts: CallFacts) -> Decision:
         return Reject(
             f"the weights are on {facts.weights}, the sample on {facts.device}: compiled graphs bind weights where "
             "they are; move the model there for good (CPU offload moves it at every call)"
+        )
+    if facts.hook:
+        return Reject(
+            f"the model has a hook ({facts.hook}) that may move its weights at every call (CPU offload does), compiled "
+            "graphs bind weights where they are: remove the hook, and move the model to its device for good"
         )
     if not facts.tensor_text:
         return Reject("encoder_hidden_states is no (batch, tokens, channels) tensor of the sample's batch and dtype")

@@ -8,10 +8,11 @@ from typing import Any, Final
 from accel_hidiff.config import HiDiffusionConfig
 from accel_hidiff.control import find_controlnets
 from accel_hidiff.dispatch import Dispatcher
+from accel_hidiff.errors import AccelHiDiffError
 from accel_hidiff.patching import Patch, install
 from accel_hidiff.regions import Region
 from accel_hidiff.served import ServedControlNet, ServedDecoder, ServedUNet
-from accel_hidiff.undo import UndoLog
+from accel_hidiff.undo import UndoLog, is_installed
 
 LOG: Final = logging.getLogger("accel_hidiff")
 
@@ -59,6 +60,7 @@ class Installed:
             UnknownLayout, BadInput, AccelHiDiffError: the pipeline's models are not what they should be.
         """
         pipe, dispatcher = self._pipe, self._dispatcher
+        _require_own_vae(getattr(pipe, "vae", None))
         unet = ServedUNet(dispatcher, self.regions_kind)
         nets = [
             ServedControlNet(dispatcher, path, net, self.regions_kind) for path, net in find_controlnets(pipe).items()
@@ -119,4 +121,13 @@ class Installed:
             pipe.unet is not self.patch.unet
             or getattr(pipe, "vae", None) is not self._vae
             or [id(net) for net in nets] != [id(served.net) for served in self.controlnets]
+        )
+
+
+def _require_own_vae(vae: Any) -> None:
+    """AccelHiDiffError for a VAE that another handle serves: its graphs are those of that one's cache and policy."""
+    if is_installed(vars(getattr(vae, "decoder", vae)).get("forward") if vae is not None else None):
+        raise AccelHiDiffError(
+            "vae: this VAE is accelerated with another pipeline already: remove that one's handle first, or give this "
+            "pipeline a VAE of its own over the same weights (ah.replica(vae), before either is accelerated)"
         )

@@ -21,6 +21,7 @@ from accel_hidiff.call import CallScope, UNetCall
 from accel_hidiff.clock import PipelineClock, StepPosition
 from accel_hidiff.config import HiDiffusionConfig, check_pixels, check_steps
 from accel_hidiff.control import at_trained_scale, find_controlnets, fitted
+from accel_hidiff.entrance import Entered, enter_alone, run_before
 from accel_hidiff.errors import AccelHiDiffError, BadInput, NoPhase, NotAPipeline, PatchConflict, SizeWarning
 from accel_hidiff.families import Family
 from accel_hidiff.forwards import (
@@ -37,7 +38,7 @@ from accel_hidiff.recognize import Recognized, recognize
 from accel_hidiff.schedule import LATENT_CELL, PhasePlan, controls, plan_latent, plan_pixels, running_steps
 from accel_hidiff.shifts import check_shifts, window_shifts
 from accel_hidiff.sizes import control_size, odd_window_notice, suggest_latent
-from accel_hidiff.undo import UndoLog, refuse_copy
+from accel_hidiff.undo import UndoLog, is_installed, refuse_copy
 
 RegionLayer = Callable[["Patch", UndoLog], None]
 UNetRunner = Callable[[UNetCall, Forward, Tensor, Any, Any, dict[str, Any]], Any]
@@ -77,6 +78,7 @@ class Patch:
             for index in range(len(transformer.transformer_blocks))
         )
         self._undo = UndoLog()
+        self._entered: Entered | None = None
         self._request = _Request()
         self._warned_sizes: set[tuple[int, int]] = set()
 
@@ -148,6 +150,8 @@ class Patch:
     def check_removable(self) -> None:
         """PatchConflict if somebody else replaced a patched attribute since."""
         self._undo.check()
+        if self._entered is not None:
+            self._entered.check()
 
     def remove(self) -> None:
         """Takes every patch off again, in reverse order; afterwards the model is what it was before.
@@ -155,7 +159,10 @@ class Patch:
         Raises:
             PatchConflict: somebody else replaced a patched attribute since.
         """
+        self.check_removable()
         self._undo.undo()
+        if self._entered is not None:
+            self._entered.remove()
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise refuse_copy()
@@ -195,6 +202,8 @@ class Patch:
         if pipe is not None:
             undo.replace(pipe, _PATCH, self, "patch record")
             self.clock = PipelineClock(pipe)
+            if hasattr(pipe, "check_inputs"):
+                self._entered = run_before(pipe, check_inputs=lambda: enter_alone(pipe))
             if hasattr(pipe, "prepare_extra_step_kwargs"):
                 watch = self._watch_request(pipe, pipe.prepare_extra_step_kwargs)
                 undo.replace(pipe, "prepare_extra_step_kwargs", watch, "request's generator")
@@ -290,11 +299,24 @@ class Patch:
                     "pipe.controlnet: expected the ControlNets that HiDiffusion was applied with, got others; after "
                     "exchanging them, apply (or accelerate) again"
                 )
+            _require_in_place(self.unet)
             if self.clock is not None:
                 self.clock.begin(generator.initial_seed() if isinstance(generator, torch.Generator) else None)
             return inner(generator, *args, **kwargs)
 
         return prepare_extra_step_kwargs
+
+
+def _require_in_place(unet: Any) -> None:
+    """PatchConflict if the UNet has its class's forward again: the request would run without HiDiffusion."""
+    forward = vars(unet).get("forward")
+    if "_old_forward" in vars(unet):  # accelerate's hooks keep here what they wrap
+        forward = vars(unet)["_old_forward"] if not is_installed(forward) else forward
+    if forward is None or getattr(forward, "__func__", None) is type(unet).forward:
+        raise PatchConflict(
+            "pipe.unet.forward: expected HiDiffusion's, got the UNet's own; something took it off (hooks of accelerate "
+            "do, where they were there first): apply or accelerate again"
+        )
 
 
 class _Request(threading.local):
@@ -347,10 +369,18 @@ def install(
 ) -> Patch:
     """`apply_hidiffusion` with a layer of compiled regions between the windows and the pool (see `dispatch`)."""
     pipe, unet = find_unet(pipe_or_unet)
+    if getattr(pipe, "_all_hooks", None):
+        raise PatchConflict(
+            "pipe: expected no CPU offload yet, got enable_model_cpu_offload(), which puts the models' forwards back "
+            "after each request; call pipe.remove_all_hooks(), apply or accelerate, and enable it again"
+        )
     model = recognize(pipe, unet.config, config, family, task)
     for existing in _patches(unet, pipe):
         if existing.runner is not None:
-            raise AccelHiDiffError("this UNet is accelerated already: call its handle's remove() first")
+            raise AccelHiDiffError(
+                "this UNet is accelerated already: call its handle's remove() first; a second pipeline over the same "
+                "weights needs modules of its own (ah.replica, before accelerate)"
+            )
         existing.remove()
     patch = Patch(pipe, unet, model)
     try:

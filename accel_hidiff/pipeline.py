@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from accel_hidiff import sealing
 from accel_hidiff.backends import create_backend
-from accel_hidiff.background import Background
 from accel_hidiff.binder import Binder, Graphs
 from accel_hidiff.cfgpp.compiled import CompiledStep
 from accel_hidiff.cfgpp.guidance import Guidance, apply_cfgpp
+from accel_hidiff.compiling.background import Background
 from accel_hidiff.compiling.blueprint import Blueprint
+from accel_hidiff.compiling.needed import Needed, Progress, compile_needed
 from accel_hidiff.compiling.pool import CompilePool, default_pool
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_choice, check_pixels
 from accel_hidiff.dispatch import ON_MISS, Dispatcher
 from accel_hidiff.errors import BadInput
 from accel_hidiff.explain import ExplainRow, Explanation, PrecompileReport
+from accel_hidiff.graphs import RequestGraphs
 from accel_hidiff.installed import Installed
 from accel_hidiff.patching import Patch, find_unet
-from accel_hidiff.precompile import Needed, Progress, compile_needed
 from accel_hidiff.regions import RegionGraph
-from accel_hidiff.schedule import LATENT_CELL, Phase, control_steps, running_steps
-from accel_hidiff.served import REGIONS, ServedControlNet
+from accel_hidiff.schedule import control_steps, running_steps
+from accel_hidiff.served import REGIONS
 from accel_hidiff.stats import Stats
-from accel_hidiff.topology import Topology
 from accel_hidiff.undo import UndoLog
 from compile_cache import CacheKey, CompileCache
 
@@ -47,7 +47,6 @@ class Handle:
         pipe: the user's pipeline; call it as before.
         cache: the compile cache, None where the backend keeps nothing.
         stats: counters, see `accel_hidiff.stats.Stats`.
-        meant_for: the device that a pipeline without weights (on torch's "meta" device) is looked at for.
     """
 
     def __init__(
@@ -62,11 +61,19 @@ class Handle:
         self._dispatcher = dispatcher
         self._installed = installed
         self._guidance = guidance
-        self._step = step
+        self._graphs = RequestGraphs(pipe, dispatcher, installed, None if guidance is None else step)
         self._undo = UndoLog()
         self._undo.replace(pipe, _HANDLE, self, "handle")
         self._sealed = False
-        self.meant_for: torch.device | None = None
+
+    @property
+    def meant_for(self) -> torch.device | None:
+        """The device that a pipeline without weights (on torch's "meta" device) is looked at for."""
+        return self._graphs.meant_for
+
+    @meant_for.setter
+    def meant_for(self, device: torch.device | None) -> None:
+        self._graphs.meant_for = device
 
     @property
     def patch(self) -> Patch:
@@ -115,8 +122,8 @@ class Handle:
         if binder.cache is not None and binder.backend.persistent:
             binder.cache.require_writable()
         with ExitStack() as stack:
-            stack.enter_context(_decoder_precision(self.pipe, self._dispatcher))
-            needed = Needed.of(binder, self._all_graphs(checked, steps, batch_sizes))
+            stack.enter_context(self._graphs.in_decoder_precision())
+            needed = Needed.of(binder, self._graphs.all(checked, steps, batch_sizes))
             own = None if jobs is None else stack.enter_context(CompilePool(jobs, niceness=0))
             return compile_needed(binder, needed, progress, own, self.blueprint)
 
@@ -133,27 +140,41 @@ class Handle:
         Arguments as in `precompile`, several of each.
         """
         checked = self._check(sizes, batch_sizes)
-        with _decoder_precision(self.pipe, self._dispatcher):
+        with self._graphs.in_decoder_precision():
             ways = dict.fromkeys(running_steps(n, s) for n in num_inference_steps for s in strengths)
-            calls = (graphs for steps in ways for graphs in self._all_graphs(checked, steps, batch_sizes))
+            calls = (graphs for steps in ways for graphs in self._graphs.all(checked, steps, batch_sizes))
             return Needed.of(self._dispatcher.binder, calls)
 
     def compile_needed(
         self, needed: Needed, pool: CompilePool | None = None, progress: Progress | None = None
     ) -> PrecompileReport:
-        """Compiles what of these graphs is missing; see `accel_hidiff.precompile.compile_needed`."""
-        with _decoder_precision(self.pipe, self._dispatcher):
+        """Compiles what of these graphs is missing; see `accel_hidiff.compiling.needed.compile_needed`."""
+        with self._graphs.in_decoder_precision():
             return compile_needed(self._dispatcher.binder, needed, progress, pool, self.blueprint)
+
+    def to_compile(self, needed: Needed) -> dict[str, RegionGraph]:
+        """What of these graphs the cache does not hold, by the digest of its key; nothing if the backend keeps none."""
+        binder = self._dispatcher.binder
+        return needed.missing(binder) if binder.cache is not None and binder.backend.persistent else {}
 
     def missing(self, needed: Needed) -> dict[str, str]:
         """What of these graphs the cache does not hold: key digest -> region and reason."""
         binder = self._dispatcher.binder
-        if binder.cache is None or not binder.backend.persistent:
+        if binder.cache is None:
             return {}
-        found = needed.missing(binder)
+        found = self.to_compile(needed)
         return {
             digest: f"{graph.region.path}: {binder.cache.explain(binder.key(graph))}" for digest, graph in found.items()
         }
+
+    def describe(self) -> Blueprint:
+        """As `blueprint`, with the VAE in the precision that it decodes in, as the graphs of `needed` are.
+
+        Raises:
+            CompileFailed: something in the models cannot go to another process.
+        """
+        with self._graphs.in_decoder_precision():
+            return self.blueprint()
 
     def blueprint(self) -> Blueprint:
         """The models without their weights, for a compiling process.
@@ -190,9 +211,9 @@ class Handle:
             BadInput: a size, a step count or a batch that cannot be.
             GraphMiss: a graph is missing under `on_miss="error"`.
         """
-        with _decoder_precision(self.pipe, self._dispatcher):
+        with self._graphs.in_decoder_precision():
             checked = self._check(sizes, batch_sizes)
-            for graphs in self._all_graphs(checked, running_steps(num_inference_steps, strength), batch_sizes):
+            for graphs in self._graphs.all(checked, running_steps(num_inference_steps, strength), batch_sizes):
                 self._dispatcher.load(graphs)
 
     @staticmethod
@@ -223,19 +244,19 @@ class Handle:
         self._dispatcher.refresh()
         rows = []
         states: dict[tuple[Any, bool], ExplainRow] = {}
-        for phase, controlled in self._phases(height, width, steps):
+        for phase, controlled in self._graphs.phases(height, width, steps):
             if (phase.topology, controlled) not in states:
-                graphs = self._unet_graphs(phase.topology, height, width, batch, controlled)
+                graphs = self._graphs.unet(phase.topology, height, width, batch, controlled)
                 states[phase.topology, controlled] = self._row("", str(phase.topology), graphs)
             row = states[phase.topology, controlled]
             rows.append(ExplainRow(**{**vars(row), "steps": f"[{phase.start}, {phase.stop})"}))
         for net in self._installed.controlnets:
             span = f"[0, {control_steps(steps, self.patch.control_ratio)})"
-            rows.append(self._row(span, net.name, self._controlnet_graphs(net, height, width, batch)))
-        if self._guidance is not None:
-            rows.append(self._row("each", "CFG++ step", self._step_graphs(height, width, batch)))
-        with _decoder_precision(self.pipe, self._dispatcher):
-            if decoder := self._decoder_graphs(height, width, 1):
+            rows.append(self._row(span, net.name, self._graphs.controlnet(net, height, width, batch)))
+        if step := self._graphs.step(height, width, batch):
+            rows.append(self._row("each", "CFG++ step", step))
+        with self._graphs.in_decoder_precision():
+            if decoder := self._graphs.decoder(height, width, 1):
                 rows.append(self._row("after", "VAE decoder", decoder))
         model = f"{self.patch.family.name} ({self.patch.evidence})"
         return Explanation(height, width, steps, model, tuple(rows), self.patch.size_notice(height, width, steps))
@@ -244,14 +265,15 @@ class Handle:
         """From here on, this process compiles nothing for this pipeline and writes nothing to its cache.
 
         Call it after `load`. `torch.compiler.set_stance("fail_on_recompile")` then holds for the whole process, until
-        `remove`: a `torch.compile` elsewhere in it raises where it would compile. The remote of the cache is not asked
-        any more. A graph that is missing raises `GraphMiss` as before.
+        the last sealed handle is removed: a `torch.compile` elsewhere in it raises where it would compile. The remote
+        of the cache is not asked any more. A graph that is missing raises `GraphMiss` as before.
 
         Raises:
             BadInput: `on_miss` is not "error".
         """
         self._dispatcher.seal()
-        torch.compiler.set_stance("fail_on_recompile")
+        if not self._sealed:
+            sealing.hold()
         self._sealed = True
 
     def verify(self) -> dict[str, str | None]:
@@ -272,7 +294,8 @@ class Handle:
         if self._guidance is not None:
             self._guidance.check_removable()
         if self._sealed:
-            torch.compiler.set_stance("default")
+            sealing.release()
+            self._sealed = False
         if self._dispatcher.background is not None:
             self._dispatcher.background.close()
         self._undo.undo()
@@ -287,64 +310,6 @@ class Handle:
             f"Handle(backend={binder.backend.name!r}, regions={'whole' if self._installed.unet.whole else 'blocks'!r}, "
             f"shapes={binder.shapes!r}, on_miss={self._dispatcher.on_miss!r}, {self.patch!r})"
         )
-
-    def _all_graphs(self, sizes: Sequence[tuple[int, int]], steps: int, batches: Sequence[int]) -> Iterator[Graphs]:
-        for height, width in sizes:
-            kinds = dict.fromkeys((phase.topology, cut) for phase, cut in self._phases(height, width, steps))
-            for batch in batches:
-                for topology, controlled in kinds:
-                    yield self._unet_graphs(topology, height, width, batch, controlled)
-                for net in self._installed.controlnets:
-                    yield self._controlnet_graphs(net, height, width, batch)
-                if self._guidance is not None:
-                    yield self._step_graphs(height, width, batch)
-            if decoder := self._decoder_graphs(height, width, 1):
-                yield decoder
-
-    def _phases(self, height: int, width: int, steps: int) -> Iterator[tuple[Phase, bool]]:
-        """The phases of a request, and whether a graph takes ControlNet residuals in them: only a whole UNet does, so
-        that only there a phase is cut where the ControlNets stop."""
-        cut = self._installed.controlnets and self._installed.unet.whole
-        stop = control_steps(steps, self.patch.control_ratio) if cut else 0
-        for phase in self.patch.plan(height, width, steps):
-            if phase.start < stop:
-                yield Phase(phase.start, min(phase.stop, stop), phase.topology), True
-            if phase.stop > stop:
-                yield Phase(max(phase.start, stop), phase.stop, phase.topology), False
-
-    def _unet_graphs(self, topology: Topology, height: int, width: int, batch: int, controlled: bool = False) -> Graphs:
-        unet = self.pipe.unet
-        sizes = height // LATENT_CELL, width // LATENT_CELL, batch, self._tokens()
-        device = self._device(unet)
-        return self._installed.unet.graphs(topology, *sizes, dtype=unet.dtype, device=device, controlled=controlled)
-
-    def _controlnet_graphs(self, net: ServedControlNet, height: int, width: int, batch: int) -> Graphs:
-        cells = self.patch.control_size(height // LATENT_CELL, width // LATENT_CELL)
-        model = net.net
-        return net.graphs(*cells, batch, self._tokens(), dtype=model.dtype, device=self._device(model))
-
-    def _step_graphs(self, height: int, width: int, batch: int) -> Graphs:
-        unet, cells = self.pipe.unet, (height // LATENT_CELL, width // LATENT_CELL)
-        return self._step.graphs(*cells, max(batch // 2, 1), dtype=unet.dtype, device=self._device(unet))
-
-    def _decoder_graphs(self, height: int, width: int, batch: int) -> Graphs:
-        vae = getattr(self.pipe, "vae", None)
-        if vae is None:
-            return []
-        cells = height // LATENT_CELL, width // LATENT_CELL
-        return self._installed.decoder.graphs(*cells, batch, dtype=vae.dtype, device=self._device(vae))
-
-    def _device(self, model: Any) -> torch.device:
-        """Where a model runs: where it is, or where it is meant to be while it is only a skeleton."""
-        return self.meant_for if model.device.type == "meta" and self.meant_for is not None else model.device
-
-    def _tokens(self) -> int:
-        """Length of the text that the pipeline gives its UNet: what its call says, else its tokenizer."""
-        longest = inspect.signature(type(self.pipe).__call__).parameters.get("max_sequence_length")
-        if longest is not None and isinstance(longest.default, int):
-            return longest.default
-        tokenizer = getattr(self.pipe, "tokenizer", None) or getattr(self.pipe, "tokenizer_2", None)
-        return int(getattr(tokenizer, "model_max_length", _TEXT_TOKENS))
 
     def _row(self, steps: str, topology: str, graphs: Graphs) -> ExplainRow:
         binder = self._dispatcher.binder
@@ -465,18 +430,3 @@ def accelerate(
 def _hint(cache: CompileCache | None) -> str:
     where = cache.location if cache is not None else "DIR"
     return f"accel-hidiff precompile MODEL --size WIDTHxHEIGHT --cache {where}"
-
-
-@contextmanager
-def _decoder_precision(pipe: Any, dispatcher: Dispatcher) -> Iterator[None]:
-    """The VAE in the precision that it decodes in: SDXL pipelines raise a float16 one to float32 for the decoder."""
-    vae: Any = getattr(pipe, "vae", None)
-    raised = vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if raised:
-        vae.to(torch.float32)
-    dispatcher.refresh()
-    try:
-        yield
-    finally:
-        if raised:
-            vae.to(torch.float16)

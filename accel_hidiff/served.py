@@ -19,7 +19,7 @@ from accel_hidiff.binder import ArtifactFailed, Graphs
 from accel_hidiff.call import UNetCall
 from accel_hidiff.control import DOWN
 from accel_hidiff.dispatch import Dispatcher
-from accel_hidiff.facts import call_facts, call_name
+from accel_hidiff.facts import call_facts, call_name, hook_of
 from accel_hidiff.families import Layout, Size, feature_sizes
 from accel_hidiff.forwards import Forward
 from accel_hidiff.patching import Patch
@@ -198,20 +198,21 @@ class ServedDecoder:
         """Takes over the decoder's calls."""
         self.region = region = DecoderRegion(DECODER, vae.decoder, vae.decoder.forward)
         self.dispatcher.register(DECODER, vae.decoder, [region])
-        undo.replace(vae.decoder, "forward", self._forward(region), f"region {DECODER}")
+        undo.replace(vae.decoder, "forward", self._forward(region, vae), f"region {DECODER}")
         region.own_forwards = undo.function_ids()
 
-    def _forward(self, region: DecoderRegion) -> Forward:
+    def _forward(self, region: DecoderRegion, vae: Any) -> Forward:
         inner = region.inner
 
         def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.dispatcher.refresh(DECODER)
-            name = (DECODER, *call_name(sample))
+            hook = hook_of(vae)
+            name = (DECODER, hook, *call_name(sample))
             self.dispatcher.forget_missing(name)
             batch, _, height, width = sample.shape
             graph = self.dispatcher.graph(
                 name,
-                lambda: call_facts(PLAIN, sample, model=region.module),
+                lambda: call_facts(PLAIN, sample, model=region.module, hook=hook),
                 lambda: self.graphs(height, width, batch, dtype=sample.dtype, device=sample.device),
             )
             compiled = graph.calls.get(DECODER)

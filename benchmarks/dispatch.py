@@ -82,7 +82,7 @@ def region_calls(handle: ah.Handle, trivial: h.TrivialUNet, size: h.Size) -> dic
     patch = handle.patch
     unet = patch.unet
     topology = next(iter(patch.plan(size.height, size.width, 1))).topology
-    graphs = handle._unet_graphs(topology, size.height, size.width, h.GUIDANCE_BATCH)
+    graphs = handle._graphs.unet(topology, size.height, size.width, h.GUIDANCE_BATCH)
     bound, wrapped, alone = {}, [], []
 
     def package(image: Tensor, *rest: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .errors import (
 )
 from .failures import Failures
 from .files import hash_file, remove, write_synced
+from .handover import Handover
 from .keys import JSON, CacheKey, plain_json
 from .leases import Lease, busy_directory
 from .limits import Judge, Limits, PruneReport, empty, foreign_to, remove_entries
@@ -119,17 +120,23 @@ class CompileCache(CacheReader):
         view.failures = Failures(self._store.root, writable=False)
         return view
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """To be opened again in another process of this user: a private key goes along, so keep no such pickle."""
+    def handover(self) -> Handover:
+        """What a child process needs to open this cache, its private key included."""
         options = {
             "max_bytes": self.limits.max_bytes,
             "max_age": self.limits.max_age,
             "read_only": self._read_only,
             "trust": self._trust,
-            "sign_with": self._sign_with,
             "remote": self.remote,
         }
-        return _opened_again, (str(self.location), options)
+        private = None if self._sign_with is None else self._sign_with.private_bytes()
+        return Handover(str(self.location), options, private)
+
+    @classmethod
+    def from_handover(cls, handover: Handover) -> CompileCache:
+        """The cache that :meth:`handover` told of, with counters, and a connection to its remote, of its own."""
+        signer = None if handover.private is None else SigningKey.from_private_bytes(handover.private)
+        return cls(handover.location, sign_with=signer, **handover.options)
 
     @property
     def remote(self) -> Remote | None:
@@ -589,10 +596,6 @@ class CompileCache(CacheReader):
         for gone in () if dry_run else report.removed:
             LOG.info("removed %s: %s", gone.digest[:12], gone.reason, extra={"event": "removed", "key": gone.digest})
         return report
-
-
-def _opened_again(location: str, options: dict[str, Any]) -> CompileCache:
-    return CompileCache(location, **options)
 
 
 def _remote(remote: Remote | str | os.PathLike[str]) -> Remote:

@@ -140,6 +140,16 @@ class SigningKey:
             got = one_line(getattr(error, "strerror", error))
             raise TrustError(f"expected to write a key to {path}, got {got}; give another name") from error
 
+    @classmethod
+    def from_private_bytes(cls, raw: bytes) -> SigningKey:
+        """The key that :meth:`private_bytes` gave."""
+        return cls(_ed25519().Ed25519PrivateKey.from_private_bytes(raw))
+
+    def private_bytes(self) -> bytes:
+        """The secret itself, 32 bytes: for a pipe to a process of one's own. It is never pickled along."""
+        raw: bytes = self._private.private_bytes_raw()
+        return raw
+
     @property
     def public(self) -> PublicKey:
         """The key that its signatures are checked with."""
@@ -150,15 +160,8 @@ class SigningKey:
         value = self._private.sign(record.signed_bytes()).hex()
         return record.with_signature(Signature(self.public.hex, value))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _private_key, (self._private.private_bytes_raw(),)
-
     def __repr__(self) -> str:
         return f"SigningKey({self.public.short})"  # nothing of the private half
-
-
-def _private_key(raw: bytes) -> SigningKey:
-    return SigningKey(_ed25519().Ed25519PrivateKey.from_private_bytes(raw))
 
 
 Keys = str | PublicKey | os.PathLike[str] | Iterable["str | PublicKey | os.PathLike[str]"]

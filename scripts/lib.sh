@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# Common set-up of the scripts in this folder: source it, then call `set_up yes|no`.
+# Common set-up of the scripts in this folder: source it, then call `set_up yes|no [EXTRAS] [no-compiler]`.
 #
 # Afterwards REPO is the root of the repository and PY the Python to run.
 #   set_up no    make .venv in the repository (once) and install the project with its demo and test extras
 #   set_up yes   --here: use the Python of the current environment and install nothing
+#   EXTRAS       install these extras in place of demo,test
+#   no-compiler  do not ask for a C++ compiler
 # Environment variables: PYTHON, the Python to start from (python3); CXX, the C++ compiler (g++).
 
 set -euo pipefail
@@ -82,8 +84,8 @@ print(digest.hexdigest())
 PYTHON
 }
 
-use_own_environment() {
-    local venv="$REPO/.venv" stamp="$REPO/.venv/installed.sha256" expected
+use_own_environment() { # EXTRAS
+    local venv="$REPO/.venv" extras="$1" stamp="$REPO/.venv/installed.sha256" expected
     if ! [ -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         echo "making $venv"
         "$PY" -m venv --clear "$venv" ||
@@ -91,17 +93,19 @@ use_own_environment() {
     fi
     PY="$venv/bin/python"
     expected="$(installation_hash)"
-    if [ "$(cat "$stamp" 2>/dev/null || true)" = "$expected" ]; then return; fi
+    # The stamp has a line for each set of extras that was installed from this state of the two files.
+    if grep -qxF "$expected $extras" "$stamp" 2>/dev/null; then return; fi
     echo "installing torch $TORCH_VERSION, then this project and its dependencies (once; several minutes)"
     # torch comes first and alone, so that a build for this machine which pip has been pointed at is preferred.
     "$PY" -m pip install -q "torch==$TORCH_VERSION" || fail "torch $TORCH_VERSION could not be installed (see above)" 1
-    (cd "$REPO" && "$PY" -m pip install -q -c constraints.txt -e '.[demo,test]') ||
+    (cd "$REPO" && "$PY" -m pip install -q -c constraints.txt -e ".[$extras]") ||
         fail "the project could not be installed (see above)" 1
-    printf '%s\n' "$expected" >"$stamp"
+    if ! grep -q "^$expected " "$stamp" 2>/dev/null; then : >"$stamp"; fi
+    printf '%s\n' "$expected $extras" >>"$stamp"
 }
 
-set_up() { # yes: --here
+set_up() { # yes: --here; EXTRAS; no-compiler
     check_python
-    check_compiler
-    if [ "$1" = yes ]; then use_current_environment; else use_own_environment; fi
+    if [ "${3:-}" != no-compiler ]; then check_compiler; fi
+    if [ "$1" = yes ]; then use_current_environment; else use_own_environment "${2:-demo,test}"; fi
 }

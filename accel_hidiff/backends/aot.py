@@ -77,7 +77,9 @@ class AOTBackend:
             # half-written ones: what does not load is not stored.
             advice = "nothing was stored: compile again, alone or with another TORCHINDUCTOR_CACHE_DIR"
             _require_free_weights(graph, program, _load(graph, directory / _PACKAGE, advice))
-            return {"region": graph.region.kind, "serves": served.to_json(), "inputs": inputs}
+            seconds = round(time.perf_counter() - start, 2)  # what a later estimate goes by
+            notes = {"region": graph.region.kind, "serves": served.to_json(), "inputs": inputs}
+            return {**notes, "seconds": seconds, "weights": graph.region.weights}
 
         entry = cache.link(action, cache.get_or_build(content, build))
         return Prepared(entry, compiled, time.perf_counter() - start)
@@ -98,7 +100,9 @@ class AOTBackend:
                 f"{graph.region.path}: expected a region that holds {missing[0]}, which artifact {entry.digest[:12]} "
                 "binds; it was made for another structure: delete it (compile-cache verify) and compile again"
             )
-        bound = {name: tensors[name] for name in names}
+        # Tensors of its own over the same memory: `module.to(...)` gives a parameter other memory, and what the code
+        # reads must live until the next request binds anew.
+        bound = {name: tensors[name].detach() for name in names}
         package.load_constants(bound, False, True, user_managed=True)  # all of the active buffer
         run = package.boxed_run
 

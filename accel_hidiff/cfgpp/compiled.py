@@ -1,4 +1,7 @@
-"""CFG++ steps through the dispatcher: one compiled graph for all samplers, steps, strengths and sizes."""
+"""CFG++ steps through the dispatcher: one compiled graph for all samplers, steps, strengths and sizes.
+
+It combines the predictions, takes the sampler's step, and scales the input of the next one.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,17 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from accel_hidiff.binder import ArtifactFailed, Graphs
+from accel_hidiff.cfgpp import maths
 from accel_hidiff.cfgpp.guidance import Predictions, Step, eager_step
+from accel_hidiff.cfgpp.next_input import NextInput, SteppedSample, plain
 from accel_hidiff.clock import index_in
 from accel_hidiff.dispatch import Dispatcher
 from accel_hidiff.errors import BadInput
 from accel_hidiff.facts import call_facts, call_name
 from accel_hidiff.regions.step import STEP, StepRegion
 from accel_hidiff.topology import PLAIN
+
+_SCALE = maths.COLUMNS.index("scale")
 
 
 class CompiledStep:
@@ -37,6 +44,7 @@ class CompiledStep:
         self, scheduler: Any, inner: Step, said: Predictions, timestep: Any, sample: Tensor, options: dict[str, Any]
     ) -> Any:
         """One step; the scheduler is afterwards where its own `step` would have left it."""
+        sample = plain(sample)
         batch, _, height, width = sample.shape
         graph = self.dispatcher.graph(
             (STEP, *call_name(sample)),
@@ -57,15 +65,17 @@ class CompiledStep:
             state.history = torch.zeros_like(sample, dtype=wide)
         strength = torch.full((), said.strength, device=sample.device)
         nothing = state.history if noise is None else noise  # its coefficient is 0
+        more = index + 1 < len(rows)
+        next_scale = rows[index + more, _SCALE]
+        inputs = sample, said.uncond, said.cond, state.history, nothing, rows[index], strength, next_scale
         try:
-            x_next, history = compiled(sample, said.uncond, said.cond, state.history, nothing, rows[index], strength)
+            x_next, state.history, scaled = compiled(*inputs)
         except ArtifactFailed as failed:
             self.dispatcher.quarantine(failed)
-            x_next, history = self.region.module(
-                sample, said.uncond, said.cond, state.history, nothing, rows[index], strength
-            )
-        state.history = history
+            x_next, state.history, scaled = self.region.module(*inputs)
         scheduler.advance_to(index + 1)
+        if more:
+            x_next = SteppedSample.of(x_next, NextInput(scaled, scheduler.timesteps, index + 1))
         return SchedulerOutput(prev_sample=x_next) if options.get("return_dict", True) else (x_next,)
 
     def graphs(self, height: int, width: int, batch: int, *, dtype: torch.dtype, device: torch.device) -> Graphs:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from accel_hidiff.cfgpp import maths
+from accel_hidiff.cfgpp.next_input import ready_input
 from accel_hidiff.config import CFGPlusPlusConfig, lambda_of
+from accel_hidiff.entrance import Entered, run_before
 from accel_hidiff.errors import BadInput, NotAPipeline
 from accel_hidiff.schedulers import counterpart
 from accel_hidiff.undo import UndoLog
@@ -65,6 +67,7 @@ class Guidance:
         self._pipe = weakref.ref(pipe)
         self._stepper = stepper
         self._undo = UndoLog()
+        self._entered: Entered | None = None
         self._driven: Any = None  # the CFG++ scheduler whose steps are taken here
         self._plain: Any = None  # the user's, in whose place it is: the same, if that is a CFG++ one
         self._heard: Any = None  # the UNet whose predictions are kept
@@ -78,15 +81,16 @@ class Guidance:
 
     def install(self) -> None:
         """Takes over the pipeline's scheduler, now and whenever the user sets another."""
-        pipe, undo = self.pipe, self._undo
+        pipe = self.pipe
         self._adopt_models()
-        undo.replace(pipe, "check_inputs", self._before(pipe.check_inputs, self._adopt_models), "CFG++ scheduler")
-        undo.replace(pipe, "encode_prompt", self._before(pipe.encode_prompt, self._check_request), "CFG++ checks")
-        undo.replace(pipe, _GUIDANCE, self, "CFG++ record")
+        self._entered = run_before(pipe, check_inputs=self._adopt_models, encode_prompt=self._check_request)
+        self._undo.replace(pipe, _GUIDANCE, self, "CFG++ record")
 
     def check_removable(self) -> None:
         """PatchConflict if somebody else replaced a method that CFG++ had replaced."""
         self._undo.check()
+        if self._entered is not None:
+            self._entered.check()
 
     def remove(self) -> Any:
         """Takes CFG++ off; the pipeline is then what it was, with its plain scheduler. Returns the pipeline.
@@ -94,7 +98,10 @@ class Guidance:
         Raises:
             PatchConflict: something else replaced a method that CFG++ had replaced; nothing is removed then.
         """
+        self.check_removable()
         self._undo.undo()
+        if self._entered is not None:
+            self._entered.remove()
         self._listen_to(None)
         pipe = self.pipe
         if pipe.scheduler is self._driven:
@@ -122,14 +129,6 @@ class Guidance:
         keep._accel_hidiff = True  # type: ignore[attr-defined]  # no part of any graph
         return keep
 
-    def _before(self, inner: Step, first: Callable[[], None]) -> Step:
-        @functools.wraps(inner)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            first()
-            return inner(*args, **kwargs)
-
-        return method
-
     def _listen_to(self, unet: Any) -> None:
         """The predictions of this UNet count, and no other's."""
         if self._hook is not None:
@@ -151,13 +150,15 @@ class Guidance:
         driven = current if type(current) is kind else kind.from_config(current.config)
         self._release_scheduler()
         vars(driven)["step"] = self._drive(driven, driven.step)
+        vars(driven)["scale_model_input"] = self._scale(driven, driven.scale_model_input)
         self._driven, self._plain = driven, current
         vars(pipe)["scheduler"] = driven
 
     def _release_scheduler(self) -> None:
         """The scheduler of the requests before is its own again, and is not kept."""
         if self._driven is not None:
-            del vars(self._driven)["step"]
+            for name in ("step", "scale_model_input"):
+                del vars(self._driven)[name]
         self._driven = self._plain = None
 
     def _check_request(self) -> None:
@@ -193,6 +194,15 @@ class Guidance:
             )
 
         return step
+
+    @staticmethod
+    def _scale(scheduler: Any, inner: Step) -> Step:
+        @functools.wraps(inner)
+        def scale_model_input(sample: Tensor, timestep: Any = None) -> Tensor:
+            ready = ready_input(sample, timestep, scheduler.timesteps)
+            return inner(sample, timestep) if ready is None else ready
+
+        return scale_model_input
 
 
 class _Said(threading.local):

@@ -22,7 +22,7 @@ from typing import IO, Any, Final
 import psutil
 
 from accel_hidiff.compiling.blueprint import Blueprint, CompileJob
-from accel_hidiff.compiling.worker import LOWEST_PRIORITY, write_frame
+from accel_hidiff.compiling.frames import LOWEST_PRIORITY, write_frame
 from accel_hidiff.errors import BadInput
 from compile_cache import CompileCache, CompileCacheError
 
@@ -303,7 +303,7 @@ class _Process:
         """Has a job done; what the process answers, or how it ended."""
         try:
             if not self._blueprint:
-                write_frame(self._in, "cache", self._cache)
+                write_frame(self._in, "cache", self._cache.handover())
             if self._blueprint != (digest := blueprint.digest()):
                 write_frame(self._in, "blueprint", blueprint)
                 self._blueprint = digest

@@ -12,23 +12,15 @@ import os
 import pickle
 import select
 import signal
-import struct
 import sys
 import threading
 import time
 from contextlib import suppress
 from typing import IO, Any, Final
 
-HEADER: Final = struct.Struct("!Q")  # length of a frame
-LOWEST_PRIORITY: Final = 19  # niceness
+from accel_hidiff.compiling.frames import HEADER, LOWEST_PRIORITY
+
 _PARENT_CHECK: Final = 1.0  # seconds
-
-
-def write_frame(stream: IO[bytes], kind: str, value: Any) -> None:
-    """Sends a frame: a kind and a pickled value."""
-    data = pickle.dumps((kind, value), protocol=pickle.HIGHEST_PROTOCOL)
-    stream.write(HEADER.pack(len(data)) + data)
-    stream.flush()
 
 
 class _Inbox:
@@ -126,7 +118,7 @@ class _Bench:
 
 def serve(inbox: _Inbox, out: IO[str]) -> None:
     """Works off frames until the parent closes the pipe."""
-    from compile_cache import CacheWriteError, RemoteError, TrustError
+    from compile_cache import CacheWriteError, CompileCache, RemoteError, TrustError
 
     bench: Any = None
     cache: Any = None
@@ -134,7 +126,7 @@ def serve(inbox: _Inbox, out: IO[str]) -> None:
     while True:
         kind, value = inbox.next()
         if kind == "cache":
-            cache = value
+            cache = CompileCache.from_handover(value)
             continue
         if kind == "blueprint":
             bench, blueprint_error = None, None

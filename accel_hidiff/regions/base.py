@@ -62,6 +62,11 @@ class Region:
         """Channels of the input image."""
         return int(self.module.in_channels)
 
+    @property
+    def weights(self) -> int:
+        """Number of weight tensors: how large the region's graph is, told without tracing it."""
+        return sum(1 for _ in self.module.parameters())
+
     def forget(self) -> None:
         """The module's weights were moved or replaced, or its structure changed."""
         for name in ("structure", "memory_format"):

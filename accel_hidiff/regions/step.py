@@ -1,4 +1,4 @@
-"""The step region: guidance and one sampler step of CFG++, whatever the sampler, in one graph."""
+"""The step region: guidance, one step of CFG++ by any sampler, and the next network input, in one graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _IMAGE = {0: "batch", 2: "height", 3: "width"}
 
 
 class GuidedStep(nn.Module):
-    """Combines two predictions and takes one step by its coefficients (`maths.step_by_coefficients`)."""
+    """Combines two predictions, takes one step by its coefficients (`maths.step_by_coefficients`), and makes the next
+    input of the network of its result."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -34,17 +35,20 @@ class GuidedStep(nn.Module):
         noise: Tensor,
         row: Tensor,
         strength: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """(next sample, history of the next step), the second one in the row's dtype."""
+        next_scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(next sample, history of the next step in the row's dtype, next sample twice and scaled)."""
         x, u, c = (tensor.to(row.dtype) for tensor in (sample, uncond, cond))
         guided = maths.guided(u, c, strength)
         x_next, history_next = maths.step_by_coefficients(row, x, guided, u, history, noise)
-        return x_next.to(sample.dtype), history_next
+        x_next = x_next.to(sample.dtype)
+        scaled = (x_next.to(row.dtype) * next_scale).to(sample.dtype)
+        return x_next, history_next, torch.cat([scaled, scaled])
 
 
 class StepRegion(Region):
     """(B, C, h, w) sample, predictions without and with the prompt, float32 history and noise; (8,) float32
-    coefficients, 0-d float32 lambda -> next sample, next history.
+    coefficients, 0-d float32 lambda and scale -> next sample, next history, (2 B, C, h, w) next input of the network.
 
     All numbers are tensors: sampler, step and lambda change no graph.
     """
@@ -74,7 +78,8 @@ class StepRegion(Region):
     ) -> tuple[Tensor, ...]:
         wide = torch.promote_types(dtype, torch.float32)
         images = [self.image(sizes, kind, device) for kind in (dtype, dtype, dtype, wide, wide)]
-        return *images, torch.rand(len(maths.COLUMNS), dtype=wide, device=device), torch.tensor(0.5, device=device)
+        numbers = [torch.tensor(0.5, device=device), torch.tensor(0.5, dtype=wide, device=device)]
+        return *images, torch.rand(len(maths.COLUMNS), dtype=wide, device=device), *numbers
 
     def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
         return GraphModule(self.module, self.inner)

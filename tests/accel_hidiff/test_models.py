@@ -19,7 +19,7 @@ def keys_of(pipe: Any, cache: Path, device: torch.device) -> list[list[str]]:
     handle.meant_for = device
     binder = handle._dispatcher.binder
     return [
-        [binder.key(graph).digest for graph, _ in graphs] for graphs in handle._all_graphs([(256, 320)], 20, [1, 2])
+        [binder.key(graph).digest for graph, _ in graphs] for graphs in handle._graphs.all([(256, 320)], 20, [1, 2])
     ]
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from compile_cache import CacheKey, CacheWriteError, CompileCache, SigningKey
+from compile_cache import CacheKey, CacheWriteError, CompileCache
 from compile_cache.failures import MAX_AGE
 
 KEY = CacheKey({"part": "one"})
@@ -113,16 +112,6 @@ class TestWorkspace:
         cache.clear_after(process.pid)
         assert list(tmp.iterdir()) == []
         assert cache.get_or_build(KEY, write).size == 12
-
-
-def test_a_cache_opens_again_from_a_pickle(tmp_path: Path) -> None:
-    key = SigningKey.generate()
-    options = {"max_bytes": 10_000, "max_age": 60.0, "trust": key.public, "sign_with": key}
-    cache = CompileCache(tmp_path / "cache", remote=tmp_path / "remote", **options)
-    other = pickle.loads(pickle.dumps(cache))
-    assert other.location == cache.location and other.limits == cache.limits and other.remote == cache.remote
-    entry = other.get_or_build(KEY, write)
-    assert entry.signed_by == (str(key.public),) and cache.get(KEY) == entry
 
 
 def test_a_read_only_view_shares_its_counters(cache: CompileCache) -> None:

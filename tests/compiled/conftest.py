@@ -12,9 +12,12 @@ import torch
 
 import accel_hidiff as ah
 from compile_cache import CompileCache
+from tests import models
 from tests.conftest import SIZES, STEPS
 
-__all__ = ["SIZES", "STEPS"]
+__all__ = ["CONFIG", "SIZES", "STEPS"]
+
+CONFIG = ah.HiDiffusionConfig()
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +34,16 @@ def strict(make_pipe: Any, cache_dir: Path) -> Iterator[Any]:
     handle.remove()
 
 
+@pytest.fixture
+def twins(cache_dir: Path) -> tuple[Any, Any]:
+    """(handle under `on_miss="eager"`, patched eager pipeline) of the same weights."""
+    served, eager = models.build("sdxl", "text2img"), models.build("sdxl", "text2img")
+    cache = CompileCache(cache_dir, read_only=True)
+    handle = ah.accelerate(served, hidiffusion=CONFIG, cache=cache, on_miss="eager")
+    ah.apply_hidiffusion(eager, config=CONFIG)
+    return handle, eager
+
+
 def accelerate_strict(pipe: Any, cache: Path) -> Any:
     config = ah.HiDiffusionConfig()
     return ah.accelerate(pipe, hidiffusion=config, cache=CompileCache(cache), on_miss="error")
@@ -40,6 +53,11 @@ def request(pipe: Any, height: int = 128, width: int = 192, **kwargs: Any) -> to
     """One request of seed 0; latents unless `output_type` says otherwise."""
     options = {"num_inference_steps": STEPS, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     return pipe("a red circle", height=height, width=width, **{**options, **kwargs}).images
+
+
+def image(pipe: Any, **changes: Any) -> torch.Tensor:
+    """The image of one request of seed 0, float32."""
+    return torch.as_tensor(request(pipe, output_type="pt", **changes)).float()
 
 
 def unet_inputs(unet: Any, height: int, width: int, batch: int) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_exact_shapes_compile_one_graph_per_size(make_pipe: Any, eager: Any, tmp
     config = ah.HiDiffusionConfig(pooled=False, dilated=False)
     pipe = make_pipe()
     handle = ah.accelerate(pipe, hidiffusion=config, cache=tmp_path / "cache", shapes="exact", on_miss="eager")
-    graphs = handle._unet_graphs(handle.patch.plan(128, 192, 1).at(0), 128, 192, 1)
+    graphs = handle._graphs.unet(handle.patch.plan(128, 192, 1).at(0), 128, 192, 1)
     assert all(size.is_exact for graph, _ in graphs for size in graph.bucket.dims.values())
     graph, sizes = graphs[-1]
     handle._dispatcher.binder.prepare(graph)

@@ -90,6 +90,47 @@ def test_samplers_may_be_switched_among_requests(strict: Any) -> None:
             assert_agree(got, run(eager_twin(eager)))
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_next_input_is_scaled_in_the_step_unless_something_came_between(strict: Any, sampler: str) -> None:
+    """The scheduler's own `scale_model_input` runs for the first step alone; a callback's latents are scaled by it."""
+    eager = eager_twin(models.build("sdxl", "text2img"))
+    for pipe in (strict.pipe, eager):
+        pipe.scheduler = scheduler_of(sampler)
+        request(pipe, 128, 192, num_inference_steps=1)  # CFG++ takes the scheduler over
+    scaled: list[int] = []
+    own = type(strict.pipe.scheduler).scale_model_input
+
+    def counted(self: Any, *args: Any) -> torch.Tensor:
+        scaled.append(1)
+        return own(self, *args)
+
+    def shift(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": values["latents"] + 0.1} if step == 1 else {}
+
+    def shift_in_place(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step in (1, 3):
+            values["latents"].add_(0.1)
+        return {}
+
+    kind = type(strict.pipe.scheduler)
+    for callback, asked in ((None, 1), (shift, 2), (shift_in_place, 3)):
+        want = run(eager, callback_on_step_end=callback)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "scale_model_input", counted)
+            scheduler = strict.pipe.scheduler = kind.from_config(strict.pipe.scheduler.config)
+            scaled.clear()
+            got = run(strict.pipe, callback_on_step_end=callback)
+            assert strict.pipe.scheduler is scheduler and len(scaled) == asked
+        assert_agree(got, want)
+        assert type(got[1]) is torch.Tensor
+
+
+def test_under_inference_mode_it_equals_its_eager_twin(strict: Any) -> None:
+    with torch.inference_mode():
+        got = run(strict.pipe)
+    assert_agree(got, run(eager_twin(models.build("sdxl", "text2img"))))
+
+
 def test_each_step_is_a_hit_and_explained(strict: Any) -> None:
     with strict.stats.expect(hits=2 * STEPS):
         run(strict.pipe)

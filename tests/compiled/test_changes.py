@@ -1,12 +1,13 @@
 """What users change between requests: the image is right after each change, and after it is taken back.
 
 One pipeline is served from a full cache under `on_miss="eager"`, its twin runs eager. Each change is made to both. What
-changes weights alone is served compiled, without a compilation; what changes graphs runs eager, with the reason.
+changes weights alone is served compiled, without a compilation; what changes graphs runs eager, with the reason. LoRA
+has a file of its own, `test_changes_lora`, and so has what a request brings with it, `test_changes_calls`.
 """
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,27 +17,20 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import accel_hidiff as ah
-from compile_cache import CompileCache
 from tests import models
-from tests.accel_hidiff.test_variants import ATTENTION, CONVOLUTIONS, add_lora
-from tests.compiled.conftest import STEPS, relative_difference, request
+from tests.compiled.conftest import CONFIG, STEPS, image, relative_difference, request
 
-CONFIG = ah.HiDiffusionConfig()
 Extra = dict[str, Any]  # what a request then needs besides
 
 
 class Change(NamedTuple):
-    """What is done to a pipeline, how that is taken back (None: not at all), whether compiled graphs still serve."""
+    """What is done to a pipeline, and what comes of it."""
 
     make: Callable[[Any], Extra | None]
-    undo: Callable[[Any], Any] | None = None
-    served: bool = False
+    undo: Callable[[Any], Any] | None = None  # None: it cannot be taken back
+    reason: str | None = None  # why it runs eager; None: compiled graphs serve on
+    bindings: bool = False  # weights are bound anew
     neutral: bool = False  # the image stays the same
-
-
-def fuse_lora(pipe: Any) -> None:
-    add_lora(pipe.unet, ATTENTION + CONVOLUTIONS, scale=0.5)
-    pipe.unet.fuse_lora()
 
 
 def weights_in_place(pipe: Any) -> None:
@@ -57,6 +51,10 @@ def new_parameters(pipe: Any) -> None:
 
 def assigned_state(pipe: Any) -> None:
     pipe.unet.load_state_dict(models.build("sdxl", "text2img", seed=5).unet.state_dict(), assign=True)
+
+
+def state_in_place(pipe: Any) -> None:
+    pipe.unet.load_state_dict(models.build("sdxl", "text2img", seed=5).unet.state_dict())
 
 
 def other_unet(pipe: Any) -> None:
@@ -80,16 +78,6 @@ def plain_attention(pipe: Any) -> None:
     pipe.unet.set_attn_processor(AttnProcessor())
 
 
-def offload_hook(pipe: Any) -> None:
-    hooks = pytest.importorskip("accelerate.hooks")
-    hooks.add_hook_to_module(pipe.unet.mid_block.resnets[0], hooks.ModelHook())
-
-
-def remove_offload_hook(pipe: Any) -> None:
-    hooks = pytest.importorskip("accelerate.hooks")
-    hooks.remove_hook_from_module(pipe.unet.mid_block.resnets[0])
-
-
 def put(module: Any, **where: Any) -> None:
     module.to(**where)
 
@@ -98,82 +86,96 @@ def forward_hook(pipe: Any) -> None:
     pipe.test_hook = pipe.unet.mid_block.resnets[0].register_forward_hook(lambda module, args, out: out * 1.5)
 
 
+def other_text_encoder(pipe: Any) -> None:
+    pipe.text_encoder = models.build("sdxl", "text2img", seed=5).text_encoder
+
+
+NOT_IN_CACHE = "to fill the gap: accel-hidiff precompile"
 CHANGES = {
-    "lora loaded": Change(
-        lambda pipe: add_lora(pipe.unet, ATTENTION + CONVOLUTIONS), lambda pipe: pipe.unet.unload_lora()
-    ),
-    "lora fused": Change(fuse_lora, lambda pipe: (pipe.unet.unfuse_lora(), pipe.unet.unload_lora())),
-    "weights in place": Change(weights_in_place, take_weights_back, served=True),
-    "new parameters": Change(new_parameters, served=True),
-    "load_state_dict(assign=True)": Change(assigned_state, served=True),
-    "another checkpoint's unet": Change(other_unet, served=True),
-    "another vae": Change(other_vae, served=True),
+    "weights changed in place": Change(weights_in_place, take_weights_back),
+    "weights replaced by new Parameter objects": Change(new_parameters, bindings=True),
+    "load_state_dict(assign=True)": Change(assigned_state, bindings=True),
+    "load_state_dict of another checkpoint": Change(state_in_place),
+    "unet replaced by the user with another checkpoint": Change(other_unet, bindings=True),
+    "vae replaced by the user": Change(other_vae, bindings=True),
+    "text encoder replaced by the user": Change(other_text_encoder),
     "attention processors": Change(
-        plain_attention, lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()), neutral=True
+        plain_attention,
+        lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()),
+        reason=NOT_IN_CACHE,
+        neutral=True,
     ),
     "fused qkv": Change(
         lambda pipe: pipe.fuse_qkv_projections(),
+        reason=NOT_IN_CACHE,
         neutral=True,  # taken back, diffusers leaves the fused layers in place
     ),
     "attention slicing": Change(
-        lambda pipe: pipe.enable_attention_slicing(), lambda pipe: pipe.disable_attention_slicing(), neutral=True
+        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: pipe.disable_attention_slicing(),
+        reason=NOT_IN_CACHE,
+        neutral=True,
     ),
-    "freeu": Change(freeu, lambda pipe: pipe.disable_freeu(), served=True),  # it changes features between blocks
-    "ip-adapter": Change(ip_adapter),
+    "freeu": Change(freeu, lambda pipe: pipe.disable_freeu(), bindings=True),  # it changes features between blocks
+    "ip-adapter": Change(ip_adapter, reason="the call passes image_embeds"),
     "channels_last": Change(
         lambda pipe: put(pipe.unet, memory_format=torch.channels_last),
         lambda pipe: put(pipe.unet, memory_format=torch.contiguous_format),
+        reason=NOT_IN_CACHE,
         neutral=True,
     ),
-    "another dtype": Change(lambda pipe: put(pipe, dtype=torch.float64), lambda pipe: put(pipe, dtype=torch.float32)),
-    "offload hook": Change(offload_hook, remove_offload_hook, neutral=True),
-    "forward hook": Change(forward_hook, lambda pipe: pipe.test_hook.remove()),
+    "dtype move": Change(
+        lambda pipe: put(pipe, dtype=torch.float64),
+        lambda pipe: put(pipe, dtype=torch.float32),
+        reason=NOT_IN_CACHE,
+    ),
+    "forward hook": Change(
+        forward_hook, lambda pipe: pipe.test_hook.remove(), reason="expected a module without hooks"
+    ),
 }
-
-
-def image(pipe: Any, **changes: Any) -> torch.Tensor:
-    return torch.as_tensor(request(pipe, output_type="pt", **changes)).float()
-
-
-@pytest.fixture
-def twins(cache_dir: Path) -> tuple[Any, Any]:
-    """(handle, patched eager pipeline) of the same weights."""
-    served, eager = models.build("sdxl", "text2img"), models.build("sdxl", "text2img")
-    cache = CompileCache(cache_dir, read_only=True)
-    handle = ah.accelerate(served, hidiffusion=CONFIG, cache=cache, on_miss="eager")
-    ah.apply_hidiffusion(eager, config=CONFIG)
-    return handle, eager
 
 
 def patched_again(pipe: Any, change: str) -> None:
     """Eager HiDiffusion does not follow another UNet."""
-    if change == "another checkpoint's unet":
+    if change.startswith("unet replaced"):
         with pytest.raises(ah.PatchConflict, match=r"pipe\.unet: expected the UNet"):
             request(pipe)
         ah.apply_hidiffusion(pipe, config=CONFIG)
 
 
+def unet_key(handle: Any) -> str:
+    """The graph key of the UNet in a request's last steps."""
+    return handle.explain(128, 192, STEPS).rows[-2].key
+
+
 # One of each kind always; the others are slow.
-KINDS = ("lora loaded", "weights in place", "new parameters", "another checkpoint's unet", "another vae", "freeu")
+KINDS = ("in place", "new Parameter", "unet replaced", "vae replaced", "freeu", "channels_last", "attention processors")
 
 
 @pytest.mark.parametrize(
-    "change", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES]
+    "change",
+    [name if any(k in name for k in KINDS) else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES],
 )
 def test_the_image_is_right_after_a_change_and_after_it_is_taken_back(twins: Any, change: str) -> None:
     handle, eager = twins
-    make, undo, served, neutral = CHANGES[change]
+    make, undo, reason, bindings, neutral = CHANGES[change]
     before = image(handle.pipe)
     assert handle.stats.hits == STEPS + 1 and handle.stats.eager_calls == 0
+    key = unet_key(handle)
     extra = [make(pipe) or {} for pipe in (handle.pipe, eager)]
     patched_again(eager, change)
-    calls = handle.stats.hits, handle.stats.eager_calls
+    seen = handle.stats.to_json()
     got = image(handle.pipe, **extra[0])
     assert relative_difference(got, image(eager, **extra[1])) < 5e-3
     assert (relative_difference(got, before) < 1e-3) == neutral
-    hits, ran_eager = handle.stats.hits - calls[0], handle.stats.eager_calls - calls[1]
-    assert (ran_eager == 0) == served and hits + ran_eager == STEPS + 1 and handle.stats.compiles == 0
-    assert served or handle.stats.rejected
+    hits, ran_eager, bound = (vars(handle.stats)[name] - seen[name] for name in ("hits", "eager_calls", "bindings"))
+    assert hits + ran_eager == STEPS + 1 and handle.stats.compiles == 0
+    assert (ran_eager == 0) == (reason is None) and (bound > 0) == bindings
+    assert all(re.search(reason or "none", line) for line in handle.stats.rejected), handle.stats.rejected
+    if reason == NOT_IN_CACHE:
+        assert unet_key(handle) != key
+    elif reason is None:
+        assert unet_key(handle) == key
     if undo is not None:
         for pipe in (handle.pipe, eager):
             undo(pipe)
@@ -181,6 +183,7 @@ def test_the_image_is_right_after_a_change_and_after_it_is_taken_back(twins: Any
             again = image(handle.pipe)
         assert relative_difference(again, image(eager)) < 5e-3
         assert relative_difference(again, before) < 1e-3
+        assert unet_key(handle) == key
 
 
 def test_nothing_is_bound_again_while_nothing_changes(twins: Any) -> None:
@@ -191,26 +194,8 @@ def test_nothing_is_bound_again_while_nothing_changes(twins: Any) -> None:
             image(handle.pipe)
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_images_per_prompt_are_served(twins: Any, number: int) -> None:
-    handle, eager = twins
-    with handle.stats.expect(eager_calls=0, compiles=0):
-        got = image(handle.pipe, num_images_per_prompt=number)
-    assert len(got) == number and relative_difference(got, image(eager, num_images_per_prompt=number)) < 5e-3
-
-
-def test_autocast_and_gradients_run_eager_with_the_reason(twins: Any) -> None:
-    handle, eager = twins
-    with torch.autocast("cpu", torch.bfloat16):
-        assert relative_difference(image(handle.pipe), image(eager)) < 5e-3
-    assert any("autocast" in reason for reason in handle.stats.rejected) and handle.stats.hits == 0
-    with torch.autograd.graph.save_on_cpu():  # the pipeline itself turns gradients off: nothing to refuse
-        assert relative_difference(image(handle.pipe), image(eager)) < 5e-3
-    assert handle.stats.hits == STEPS + 1
-
-
-def test_a_change_in_the_middle_of_a_request_waits_for_the_next_one(twins: Any) -> None:
-    """A checkpoint that is swapped in by a callback: the running request ends on graphs of one kind."""
+def test_a_checkpoint_swapped_in_place_in_the_middle_of_a_request_is_seen_at_once(twins: Any) -> None:
+    """By a callback: the running request ends on graphs of one kind."""
     handle, eager = twins
 
     def swap(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
@@ -223,6 +208,38 @@ def test_a_change_in_the_middle_of_a_request_waits_for_the_next_one(twins: Any) 
     assert handle.stats.eager_calls == 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: unet.to(torch.float64).to(torch.float32),
+        lambda unet: unet.to(memory_format=torch.channels_last),
+        lambda unet: unet.load_state_dict({name: 0 * old for name, old in unet.state_dict().items()}, assign=True),
+    ],
+    ids=["dtype and back", "channels_last", "assign"],
+)
+def test_weights_that_get_other_memory_in_the_middle_of_a_request_count_from_the_next_one(
+    twins: Any, change: Callable[[Any], Any]
+) -> None:
+    """The memory that the graphs were bound to lives until the request is over."""
+    handle, eager = twins
+    before = image(handle.pipe)
+
+    def swap(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
+        if step == 2:
+            for path, module in pipe.unet.named_children():
+                if path.endswith("blocks") or path == "mid_block":  # nothing outside of the regions
+                    for name, block in module.named_modules():
+                        if name.split(".")[-2:-1] in (["resnets"], ["attentions"]):
+                            change(block)
+            junk = [torch.full((64, 64, 3, 3), float("nan")) for _ in range(50)]  # over what was given back
+            del junk
+        return kwargs
+
+    assert torch.equal(image(handle.pipe, callback_on_step_end=swap), before)
+    image(eager, callback_on_step_end=swap)
+    assert relative_difference(image(handle.pipe), image(eager)) < 5e-3
+
+
 def test_following_another_unet_can_be_taken_off(twins: Any) -> None:
     handle, _ = twins
     first = handle.pipe.unet
@@ -232,42 +249,6 @@ def test_following_another_unet_can_be_taken_off(twins: Any) -> None:
     image(handle.pipe)
     for unet in (first, handle.remove().unet):
         assert {path: set(vars(module)) for path, module in unet.named_modules()} == untouched
-
-
-@pytest.mark.slow
-def test_lora_graphs_are_never_stale(cache_dir: Path, tmp_path: Path) -> None:
-    """With LoRA layers loaded and compiled, their scale is a constant of the graphs, their weights are not."""
-    served, eager = models.build("sdxl", "text2img"), models.build("sdxl", "text2img")
-    for pipe in (served, eager):
-        add_lora(pipe.unet, ATTENTION, scale=2.0)
-    handle = ah.accelerate(served, hidiffusion=CONFIG, cache=tmp_path / "cache")
-    ah.apply_hidiffusion(eager, config=CONFIG)
-    handle.precompile([(128, 192)], STEPS)
-    handle._dispatcher.on_miss = "eager"
-    with handle.stats.expect(eager_calls=0, compiles=0):
-        first = image(served)
-    assert relative_difference(first, image(eager)) < 5e-3
-    for pipe in (served, eager):  # hot swap: other values in the same layers
-        with torch.no_grad():
-            for name, parameter in pipe.unet.named_parameters():
-                if "lora_B" in name:
-                    parameter.mul_(-1.0)
-    with handle.stats.expect(eager_calls=0, compiles=0, bindings=0):
-        swapped = image(served)
-    assert relative_difference(swapped, image(eager)) < 5e-3 and relative_difference(swapped, first) > 5e-3
-    for pipe in (served, eager):
-        pipe.unet.set_adapters("default", weights=0.25)
-    scaled = image(served)
-    assert relative_difference(scaled, image(eager)) < 5e-3 and relative_difference(scaled, swapped) > 5e-3
-    for pipe in (served, eager):
-        pipe.unet.disable_adapters()
-    assert relative_difference(image(served), image(eager)) < 5e-3
-    for pipe in (served, eager):
-        pipe.unet.enable_adapters()
-        pipe.unet.set_adapters("default", weights=1.0)
-    with handle.stats.expect(eager_calls=0, compiles=0):
-        assert relative_difference(image(served), swapped) < 1e-3
-    assert copy.copy(handle.stats.rejected)
 
 
 def test_every_weight_of_the_decoder_counts(twins: Any) -> None:

@@ -1,0 +1,170 @@
+"""What a compilation will cost, before it: from what this cache has measured, else from a table. No torch.
+
+An artifact's notes say how many seconds it took and how many weight tensors its region has. The table is one line for
+each kind of region, cost against weight tensors; where a cache holds artifacts, it is scaled by what those have cost.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from compile_cache import CompileCache
+
+_LOOK_SECONDS: Final = 2.0  # for reading what a cache has measured
+
+
+@dataclass(frozen=True)
+class Line:
+    """Cost of an artifact of one kind against the number of its region's weight tensors.
+
+    Attributes:
+        seconds, seconds_per_weight: one core's time is seconds + seconds_per_weight * weights.
+        bytes, bytes_per_weight: the same of its size.
+    """
+
+    seconds: float
+    seconds_per_weight: float
+    bytes: float
+    bytes_per_weight: float
+
+    def at(self, weights: int) -> tuple[float, float]:
+        """(seconds, bytes) at a number of weight tensors; at least a second and a kilobyte."""
+        seconds = self.seconds + self.seconds_per_weight * weights
+        return max(seconds, 1.0), max(self.bytes + self.bytes_per_weight * weights, 1e3)
+
+
+TABLE_FROM: Final = "benchmarks/results/compile.json: one core of an Intel Xeon, torch 2.13.0, float32 on a CPU"
+WHOLE: Final = ("unet", "controlnet")  # kinds that the table knows at one exact size only
+START_SECONDS: Final = 14.0
+"""Until a compiling process has begun, and what its first artifact takes longer than the next ones."""
+
+TABLE: Final[Mapping[str, Line]] = {
+    "resnet": Line(4.0, 0.23, 1.7e6, 5e3),
+    "transformer": Line(5.0, 0.18, 1.7e6, 5e3),
+    "decoder": Line(15.3, 0.0, 2.3e6, 0.0),
+    "cfgpp step": Line(5.0, 0.0, 1.6e6, 0.0),
+    "unet": Line(5.0, 0.05, 1.7e6, 5e3),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An artifact that was compiled once.
+
+    Attributes:
+        region: its kind.
+        device: type of the device that it is for.
+        weights: weight tensors of its region.
+        seconds: that exporting and compiling took, alone on one core.
+        bytes: its size.
+    """
+
+    region: str
+    device: str
+    weights: int
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one artifact will cost.
+
+    Attributes:
+        seconds: of one core.
+        bytes: in the cache.
+        base: "same kind": from artifacts of this kind in this cache; "other kinds": from the table, scaled by the other
+            artifacts in this cache; "table".
+    """
+
+    seconds: float
+    bytes: float
+    base: str
+
+
+class Estimator:
+    """Estimates costs.
+
+    Args:
+        samples: what is known of artifacts that exist.
+        table: cost by kind of region, where nothing is known.
+    """
+
+    def __init__(self, samples: Iterable[Sample], table: Mapping[str, Line] = TABLE) -> None:
+        self._table = table
+        self._by_device: dict[str, list[Sample]] = {}
+        for sample in samples:
+            self._by_device.setdefault(sample.device, []).append(sample)
+
+    def cost(self, region: str, device: str, weights: int) -> Cost:
+        """The cost of an artifact.
+
+        Args:
+            region: kind of its region.
+            device: type of the device that it is for.
+            weights: weight tensors of its region.
+        """
+        seconds, size = self._line(region).at(weights)
+        samples = self._by_device.get(device, [])
+        same = [sample for sample in samples if sample.region == region]
+        scales = self._scales(same or samples)
+        base = "same kind" if same else "other kinds" if samples else "table"
+        return Cost(seconds * scales[0], size * scales[1], base)
+
+    def _line(self, region: str) -> Line:
+        return self._table.get(region) or self._table["unet"]  # a whole ControlNet is half a UNet
+
+    def _scales(self, samples: Sequence[Sample]) -> tuple[float, float]:
+        if not samples:
+            return 1.0, 1.0
+        told = [self._line(sample.region).at(sample.weights) for sample in samples]
+        seconds = sum(sample.seconds for sample in samples) / sum(each[0] for each in told)
+        return seconds, sum(sample.bytes for sample in samples) / sum(each[1] for each in told)
+
+
+def samples_of(cache: CompileCache) -> list[Sample]:
+    """What a cache has measured; of a very large one a part, so that it takes a bounded time."""
+    found: dict[str, Sample] = {}
+    end = time.monotonic() + _LOOK_SECONDS
+    for entry in cache.entries():
+        notes: Mapping[str, Any] = entry.notes
+        device = str(entry.factors.get("device", "")).split(":")[0]
+        numbers = [notes.get("weights"), notes.get("seconds")]
+        if device and all(isinstance(number, int | float) and number >= 0 for number in numbers):
+            name = " ".join(ref.sha256 for ref in entry.files.values())  # several keys may name one artifact
+            found[name] = Sample(str(notes["region"]), device, int(notes["weights"]), notes["seconds"], entry.size)
+        if time.monotonic() > end:
+            break
+    return list(found.values())
+
+
+def wall_seconds(costs: Sequence[Cost], jobs: int) -> float:
+    """Seconds that so many workers need, each with a core of its own; none of them is faster than its longest graph."""
+    if not costs:
+        return 0.0
+    total = sum(cost.seconds for cost in costs)
+    return START_SECONDS + max(total / jobs, *(cost.seconds for cost in costs))
+
+
+def fit(rows: Iterable[Mapping[str, Any]]) -> dict[str, Line]:
+    """The lines through measured points, by least squares, for each kind of region.
+
+    Args:
+        rows: with region, weights, seconds and bytes.
+    """
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(row["region"], []).append(row)
+    return {kind: Line(*_line(points, "seconds"), *_line(points, "bytes")) for kind, points in sorted(kinds.items())}
+
+
+def _line(points: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
+    weights, values = [point["weights"] for point in points], [point[name] for point in points]
+    if len(set(weights)) == 1:
+        return statistics.fmean(values), 0.0
+    slope, intercept = statistics.linear_regression(weights, values)
+    return intercept, slope
