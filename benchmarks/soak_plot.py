@@ -34,7 +34,7 @@ def plot(rows: list[dict[str, Any]], slope: float, path: Path) -> None:
     above.set_ylim(bottom=0)
     other = above.twinx()
     other.plot(numbers, [row["descriptors"] for row in rows], color="#b35900", linewidth=0.9, label="file descriptors")
-    other.plot(numbers, [row["programs"] for row in rows], color="#777777", linewidth=0.9, label="programs bound")
+    other.plot(numbers, [row["programs"] for row in rows], color="#777777", linewidth=0.9, label="programs loaded")
     other.set_ylabel("file descriptors, programs")
     other.set_ylim(bottom=0)
     lines = [*above.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
