@@ -83,7 +83,8 @@ class Soak:
         self.cache = cache
         self.random = random.Random(seed)
         self.state = State()
-        self.pool = ah.CompilePool(idle=10)
+        # At the usual lowest priority, a machine with other work to do would leave it nothing, and the soak all eager.
+        self.pool = ah.CompilePool(idle=10, niceness=0)
         self.checkpoints = [build_pipeline(seed, config=tiny_config()).unet for seed in SEEDS_OF_CHECKPOINTS]
         self.served, self.eager = (h.demo_pipeline(True) for _ in range(2))
         self.handle = self.accelerate()
@@ -115,7 +116,7 @@ class Soak:
             (0.01, self.damage_a_blob),
             (0.03, self.kill_the_compiler),
             (0.25, self.verify),
-            (0.04, self.quiet),
+            (0.05, self.quiet),
         ]
         happened = [name for chance, event in choices if self.random.random() < chance and (name := event())]
         self.state.events.update(happened)
