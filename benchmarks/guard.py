@@ -20,7 +20,6 @@ have an entry for each topology and each kind of size, looked at one after the o
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from accel_hidiff.demo import DemoModelConfig, tiny_config
 from benchmarks import dispatch
@@ -61,21 +61,23 @@ def guard_evaluation(unet: Any, given: h.UNetInputs) -> tuple[Callable[[], None]
     """`CALLS` evaluations of the guards of a compiled UNet, and how many guards they are."""
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-    forward = type(unet).forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    entries = _debug_get_cache_entry_list(forward.__code__)
+    # The outermost frame of the model's code: diffusers' wrapper around `forward`, with (self, *args, **kwargs).
+    wrapper = type(unet).forward
+    entries = _debug_get_cache_entry_list(wrapper.__code__)
     if len(entries) != 1:
         raise h.WrongOutput(f"expected one cache entry, got {len(entries)}")
     manager = entries[0].guard_manager
-    bound = inspect.signature(forward).bind(
-        unet, given.sample, given.timestep, given.text, added_cond_kwargs=given.added, return_dict=False
-    )
-    bound.apply_defaults()
-    frame = dict(bound.arguments)
+    names, held = wrapper.__code__.co_freevars, wrapper.__closure__ or ()
+    cells = {name: cell.cell_contents for name, cell in zip(names, held, strict=True)}
+
+    def locals_of(sample: Tensor) -> dict[str, Any]:
+        named = {"added_cond_kwargs": given.added, "return_dict": False}
+        return {"self": unet, "args": (sample, given.timestep, given.text), "kwargs": named, **cells}
+
+    frame = locals_of(given.sample)
     if not manager.check(frame):
         raise h.WrongOutput("expected guards that hold for the inputs that were compiled for")
-    if manager.check({**frame, "sample": given.sample[:, :, :-8]}):
+    if manager.check(locals_of(given.sample[:, :, :-8])):
         raise h.WrongOutput("expected guards that fail for another size")
 
     def run() -> None:

@@ -34,11 +34,11 @@ def plot(rows: list[dict[str, Any]], slope: float, path: Path) -> None:
     above.set_ylim(bottom=0)
     other = above.twinx()
     other.plot(numbers, [row["descriptors"] for row in rows], color="#b35900", linewidth=0.9, label="file descriptors")
-    other.plot(numbers, [row["programs"] for row in rows], color="#777777", linewidth=0.9, label="programs bound")
+    other.plot(numbers, [row["programs"] for row in rows], color="#777777", linewidth=0.9, label="programs loaded")
     other.set_ylabel("file descriptors, programs")
-    other.set_ylim(bottom=0)
+    other.set_ylim(0, 2.2 * max(row["programs"] for row in rows))
     lines = [*above.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-    above.legend(handles=lines, loc="lower right", frameon=False, fontsize=9)
+    above.legend(handles=lines, loc="lower center", ncols=2, frameon=False, fontsize=9)
     colours = dict(zip(KINDS, ("#2e7d32", "#9ccc65", "#e0a030", "#9e9e9e"), strict=True))
     for level, kind in enumerate(reversed(KINDS)):
         at = [row["request"] for row in rows if row["kind"] == kind]

@@ -11,7 +11,9 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -91,8 +93,12 @@ class AOTBackend:
 
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         assert entry is not None, "a persistent backend binds a cache entry"
-        advice = f"delete artifact {entry.digest[:12]} from the cache and compile again"
-        package = _load(graph, entry.path / _PACKAGE, advice)
+        idle = _idle[entry.files[_PACKAGE].sha256, _device_index(graph.device)]
+        try:
+            package = idle.pop()
+        except IndexError:
+            advice = f"delete artifact {entry.digest[:12]} from the cache and compile again"
+            package = _load(graph, entry.path / _PACKAGE, advice)
         module = graph.region.graph_module(graph.traits)
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         names = package.get_constant_fqns()
@@ -105,13 +111,28 @@ class AOTBackend:
         # reads must live until the next request binds anew.
         bound = {name: tensors[name].detach() for name in names}
         package.load_constants(bound, False, True, user_managed=True)  # all of the active buffer
-        run = package.boxed_run
+        call = _Call(package.boxed_run, bound)
+        weakref.finalize(call, idle.append, package).atexit = False
+        return BoundRegion(call, self.served(entry), bound)
 
-        def call(*inputs: Tensor) -> Any:
-            out = run(list(inputs))
-            return out[0] if len(out) == 1 else tuple(out)
 
-        return BoundRegion(call, self.served(entry), (package, bound))
+# Packages that nobody calls any more, by content and device. The library of a package stays in the process once it is
+# loaded (`dlclose` does not unload it), so it is bound to other weights, whoever needs the same program next.
+_idle: defaultdict[tuple[str, int], deque[Any]] = defaultdict(deque)
+
+
+class _Call:
+    """A package over weights; when the last reference to it goes, the package is idle."""
+
+    __slots__ = ("__weakref__", "_run", "_weights")
+
+    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], weights: Mapping[str, Tensor]) -> None:
+        self._run = run
+        self._weights = weights  # the package reads their memory
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        out = self._run(list(inputs))
+        return out[0] if len(out) == 1 else tuple(out)
 
 
 def _load(graph: RegionGraph, path: Path, advice: str) -> Any:

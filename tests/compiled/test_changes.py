@@ -194,6 +194,28 @@ def test_nothing_is_bound_again_while_nothing_changes(twins: Any) -> None:
             image(handle.pipe)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts libraries in /proc/self/maps")
+def test_programs_are_loaded_once_however_often_weights_are_replaced(twins: Any) -> None:
+    """The library of a program stays in the process once it is loaded, so it has to serve the next weights too."""
+
+    def libraries() -> int:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return sum("wrapper.so" in line or "(deleted)" in line for line in lines)
+
+    handle, _ = twins
+    image(handle.pipe)
+    loaded = libraries()
+    assert loaded > 0
+    for _ in range(3):
+        new_parameters(handle.pipe)
+        with handle.stats.expect(bindings=28, eager_calls=0, compiles=0):
+            image(handle.pipe)
+    handle.remove()
+    again = ah.accelerate(handle.pipe, hidiffusion=CONFIG, cache=handle.cache, on_miss="error")
+    image(again.pipe)
+    assert libraries() == loaded
+
+
 def test_a_checkpoint_swapped_in_place_in_the_middle_of_a_request_is_seen_at_once(twins: Any) -> None:
     """By a callback: the running request ends on graphs of one kind."""
     handle, eager = twins
