@@ -21,6 +21,9 @@ Graphs = list[tuple[RegionGraph, Sizes]]
 
 _ALIGNMENT = 16  # bytes; compiled code may load this much at once
 
+# What torch raises where an artifact fails. Others come from outside: a timeout that a signal handler raises, say.
+_FAILURES = (RuntimeError, MemoryError, TypeError, ValueError)
+
 
 class ArtifactFailed(Exception):
     """A compiled call raised: out of memory, an input that it cannot take, a broken artifact. The cause tells.
@@ -45,6 +48,11 @@ class BoundCall:
 
     __slots__ = ("_format", "_key", "_path", "_run", "shape")
 
+    @property
+    def name(self) -> tuple[str, str]:
+        """Region path and key digest: what the binder remembers it by."""
+        return self._path, self._key.digest
+
     def __init__(self, bound: BoundRegion, region: Region, key: CacheKey, sizes: Sizes) -> None:
         self._run = bound.call
         self._format = region.memory_format
@@ -58,7 +66,7 @@ class BoundCall:
             return self._run(_aligned(image), *(_aligned(tensor.contiguous()) for tensor in rest))
         except AccelHiDiffError:
             raise
-        except Exception as error:
+        except _FAILURES as error:
             raise ArtifactFailed(self._path, self._key, error) from error
 
 
@@ -213,6 +221,23 @@ class Binder:
         """True if the graph is loaded and bound to its region's weights."""
         return (graph.region.path, self.key(graph).digest) in self._bound
 
+    @property
+    def held(self) -> int:
+        """How many bindings are remembered."""
+        return len(self._bound)
+
+    def keep_only(self, names: set[tuple[str, str]]) -> None:
+        """Gives back what else is bound, and the cache entries that it used; it is made again when it is needed.
+
+        Args:
+            names: (region path, key digest) of what stays.
+        """
+        digests = {digest for _, digest in names}
+        with self._lock:
+            self._bound = {name: bound for name, bound in self._bound.items() if name in names}
+            self._entries = {digest: entry for digest, entry in self._entries.items() if digest in digests}
+            self._keys.clear()
+
     def quarantine(self, failed: ArtifactFailed) -> None:
         """An artifact failed at run time: it is not used again until `verify` finds it sound."""
         digest = failed.key.digest
@@ -251,7 +276,7 @@ class Binder:
                 try:
                     self._bound[name] = self.backend.bind(graph, entry)
                 except (CompileFailed, CompileCacheError, OSError) as error:
-                    if entry is None:
+                    if entry is None or isinstance(error, TimeoutError):
                         raise
                     raise ArtifactFailed(graph.region.path, key, error) from error  # it was compiled; it does not load
                 if entry is not None:

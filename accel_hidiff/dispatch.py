@@ -23,6 +23,7 @@ from compile_cache import UnstableFactor
 ON_MISS = ("compile", "background", "eager", "error")
 
 _MAX_NAMES = 1024  # kinds of calls that the table holds
+_MAX_BOUND = 1024  # region calls that are bound: each holds a program, some 0.7 MB, and its entry a file descriptor
 
 Name = tuple[Hashable, ...]  # of a call; the name of the model comes first
 
@@ -85,8 +86,8 @@ class Dispatcher:
         found = self._graphs.get(name)
         if found is None:
             found = self._graphs.setdefault(name, self._resolve(name, facts(), graphs))  # it may have arrived already
-            if len(self._graphs) > _MAX_NAMES:
-                self._graphs.pop(next(iter(self._graphs)), None)  # the oldest; it is made again when it is called
+            if len(self._graphs) > _MAX_NAMES or self.binder.held > _MAX_BOUND:
+                self._shed()
         stats = self.binder.stats
         if found.calls:
             stats.hits += 1
@@ -95,6 +96,13 @@ class Dispatcher:
             if found.reason is not None:
                 stats.reject(found.reason)
         return found
+
+    def _shed(self) -> None:
+        """Forgets the older half of the calls, and what they alone had bound; they are made again when they come."""
+        with self._lock:
+            kept = list(self._graphs.items())[len(self._graphs) // 2 :]
+            self._graphs = dict(kept)
+            self.binder.keep_only({call.name for _, graph in kept for call in graph.calls.values()})
 
     # Once per request
 
@@ -162,6 +170,14 @@ class Dispatcher:
             raise BadInput(f'seal: expected on_miss="error", got {self.on_miss!r}; accelerate with that first')
         if self.binder.cache is not None:
             self.binder.cache = self.binder.cache.as_read_only()
+
+    def close(self) -> None:
+        """Nothing is served any more: what waits in the background is cancelled, programs and cache entries go."""
+        if self.background is not None:
+            self.background.close()
+        with self._lock:
+            self._graphs = {}
+            self.binder.keep_only(set())
 
     def quarantine(self, failed: ArtifactFailed) -> None:
         """A compiled call raised: what it was to compute runs eager; GraphMiss under "error"."""

@@ -167,6 +167,12 @@ class Handle:
             digest: f"{graph.region.path}: {binder.cache.explain(binder.key(graph))}" for digest, graph in found.items()
         }
 
+    def unbound(self, needed: Needed) -> list[str]:
+        """The regions, by path, that are not bound to one of these graphs yet; nothing for backend "eager"."""
+        binder = self._dispatcher.binder
+        graphs = [graph for call in needed.calls for graph, _ in call if binder.backend.name != "eager"]
+        return list(dict.fromkeys(graph.region.path for graph in graphs if not binder.is_bound(graph)))
+
     def describe(self) -> Blueprint:
         """As `blueprint`, with the VAE in the precision that it decodes in, as the graphs of `needed` are.
 
@@ -296,8 +302,7 @@ class Handle:
         if self._sealed:
             sealing.release()
             self._sealed = False
-        if self._dispatcher.background is not None:
-            self._dispatcher.background.close()
+        self._dispatcher.close()
         self._undo.undo()
         if self._guidance is not None:
             self._guidance.remove()

@@ -31,6 +31,7 @@ from torch import Tensor
 import accel_hidiff as ah
 from accel_hidiff.backends import BoundRegion
 from accel_hidiff.binder import BoundCall
+from accel_hidiff.demo import DemoModelConfig
 from accel_hidiff.regions import TransformerRegion
 from benchmarks import harness as h
 from compile_cache import CompileCache
@@ -50,9 +51,15 @@ def many_sizes(count: int) -> list[h.Size]:
     return sizes[:count]
 
 
-def trivial_handle(tiny: bool, cache: Path, sizes: list[h.Size]) -> tuple[ah.Handle, h.TrivialUNet, list[h.UNetInputs]]:
-    """Setup: a handle over a stand-in, with one graph for each size; and the inputs of each size."""
-    pipe = h.demo_pipeline(tiny)
+def trivial_handle(
+    tiny: bool, cache: Path, sizes: list[h.Size], config: DemoModelConfig | None = None
+) -> tuple[ah.Handle, h.TrivialUNet, list[h.UNetInputs]]:
+    """Setup: a handle over a stand-in, with one graph for each size; and the inputs of each size.
+
+    Args:
+        config: of the model; None: the demo's, or the tiny one.
+    """
+    pipe = h.demo_pipeline(tiny, config)
     trivial = h.TrivialUNet()
     pipe.unet.forward = trivial
     options: dict[str, Any] = {"hidiffusion": ah.HiDiffusionConfig(), "cache": CompileCache(cache)}
@@ -121,7 +128,7 @@ def region_calls(handle: ah.Handle, trivial: h.TrivialUNet, size: h.Size) -> dic
 
     return {
         "wrappers": inside(through_wrappers),
-        "alone": inside(lambda: [package(*args) for args in alone] and None),
+        "region stand-ins": inside(lambda: [package(*args) for args in alone] and None),
     }
 
 
@@ -177,7 +184,7 @@ def main() -> None:
             )  # fmt: skip
         times = h.interleave(region_calls(handle, trivial, many_sizes(1)[0]), options.repeats, warmup=1)
         regions = len(handle._installed.unet.regions)
-        spent = (times["wrappers"].cpu_median - times["alone"].cpu_median) / REGION_CALLS * 1e6
+        spent = (times["wrappers"].cpu_median - times["region stand-ins"].cpu_median) / REGION_CALLS * 1e6
         report.add(regions=regions, region_dispatch_us=h.rounded(spent, 3), per_region_us=h.rounded(spent / regions, 3))
 
 

@@ -36,7 +36,7 @@ from accel_hidiff.topology import Topology
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 50
 GUIDANCE_BATCH = 2  # one image with classifier-free guidance
-_PATH_OPTIONS = ("--cache", "--out")  # their values name places on this machine and stay out of the record
+_PATH_OPTIONS = ("--cache", "--out", "--plot")  # their values name places on this machine and stay out of the record
 
 
 class WrongOutput(RuntimeError):
@@ -377,7 +377,7 @@ def _command() -> str:
         name, equals, value = word.partition("=")
         if hidden or (equals and name in _PATH_OPTIONS):
             path = Path(value if equals else word)
-            words.append((f"{name}=" if equals else "") + (path.name if path.suffix == ".json" else "DIR"))
+            words.append((f"{name}=" if equals else "") + (path.name if path.suffix in (".json", ".png") else "DIR"))
         else:
             words.append(word)
         hidden = word in _PATH_OPTIONS

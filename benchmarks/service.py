@@ -3,11 +3,11 @@
 Readiness: processes of their own over a filled cache, from the start of the process to the first 200 of /healthz. It is
 taken apart by what the service tells: importing torch and diffusers, building the model and reading its weights,
 loading and binding all graphs; the rest is the interpreter, the web framework, and threads that wait for one another.
-A process that imports torch and diffusers and nothing else runs in turns with them, for comparison.
+A process that imports a diffusers pipeline and nothing else runs in turns with them, for comparison.
 
 Throughput: the same requests from one client, one after the other, and from eight clients at once, in turns, against
 one service. A pipeline serves one request at a time, so what concurrency can win is what lies between two requests:
-reading and writing HTTP, and encoding PNGs.
+reading and writing HTTP, and encoding PNGs. `_cpu_` is processor time of the service.
 
 `--cache` keeps a compile cache between runs.
 """
@@ -31,6 +31,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -64,9 +65,9 @@ def main() -> None:
         file = deploy_file(place, cache, model, sizes, options.steps)
         threads = {} if options.threads is None else {"OMP_NUM_THREADS": str(options.threads)}
         report.add(**readiness(file, threads))
-        with service(file, threads) as (url, _):
+        with service(file, threads) as (url, told):
             error = verify(url, options.tiny, sizes, options.steps)
-            report.add(**throughput(url, sizes, options), largest_pixel_difference=error)
+            report.add(**throughput(url, told["pid"], sizes, options), largest_pixel_difference=error)
 
 
 def compile_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +110,8 @@ def service(file: Path, threads: dict[str, str]) -> Iterator[tuple[str, dict[str
                 raise RuntimeError(f"the service ended with {process.returncode}")
             time.sleep(0.01)
         ready = time.perf_counter() - began
-        yield url, {"listening_s": listening, "ready_s": ready, **answer.json()["models"]["demo"]}
+        told = answer.json()["models"]["demo"]
+        yield url, {"pid": process.pid, "listening_s": listening, "ready_s": ready, "cpu_s": cpu_s(process.pid), **told}
     finally:
         process.terminate()
         _, errors = process.communicate(timeout=60)
@@ -117,17 +119,24 @@ def service(file: Path, threads: dict[str, str]) -> Iterator[tuple[str, dict[str
         raise RuntimeError(f"the service ended with {process.returncode}: ...{errors[-2000:]}")
 
 
+def cpu_s(pid: int) -> float:
+    """Processor seconds of a process by now."""
+    used = psutil.Process(pid).cpu_times()
+    return float(used.user + used.system)
+
+
 def readiness(file: Path, threads: dict[str, str]) -> dict[str, Any]:
     """Medians over processes."""
     rows, bare = [], []
     for _ in range(STARTS):
         began = time.perf_counter()
-        code = "import torch, diffusers; from diffusers import DiffusionPipeline"
+        code = "from diffusers import StableDiffusionXLPipeline"
         subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **threads}, capture_output=True)
         bare.append({"bare_imports_s": time.perf_counter() - began})
         with service(file, threads) as (_, told):
             parts = told["seconds"]
             row = {name: told[name] for name in ("listening_s", "ready_s")}
+            row["ready_cpu_s"] = told["cpu_s"]
             row |= {f"{part}_s": seconds for part, seconds in parts.items()}
             row["rest_s"] = told["ready_s"] - sum(parts.values())
             row["ready_without_weights_s"] = told["ready_s"] - parts["model"]
@@ -172,12 +181,13 @@ def ask(url: str, size: h.Size, steps: int, client: httpx.Client | None = None) 
     return told
 
 
-def throughput(url: str, sizes: Sequence[h.Size], options: Any) -> dict[str, Any]:
+def throughput(url: str, pid: int, sizes: Sequence[h.Size], options: Any) -> dict[str, Any]:
     """The same requests from one client and from eight."""
     asked = [sizes[number % len(sizes)] for number in range(options.requests)]
     clients = [httpx.Client() for _ in range(CLIENTS)]
     latencies: dict[int, list[float]] = {1: [], CLIENTS: []}
     drawn: dict[int, list[float]] = {1: [], CLIENTS: []}
+    used: dict[int, list[float]] = {1: [], CLIENTS: []}
 
     def run(number: int) -> None:
         def share(client: int) -> None:
@@ -187,8 +197,10 @@ def throughput(url: str, sizes: Sequence[h.Size], options: Any) -> dict[str, Any
                 latencies[number].append(time.perf_counter() - began)
                 drawn[number].append(told["timing"]["drawn_s"])
 
+        before = cpu_s(pid)
         with ThreadPoolExecutor(number) as threads:
             list(threads.map(share, range(number)))
+        used[number].append((cpu_s(pid) - before) / options.requests)
 
     turns = h.interleave({"one": lambda: run(1), "eight": lambda: run(CLIENTS)}, options.repeats, warmup=1, limit_s=600)
     for client in clients:
@@ -201,6 +213,8 @@ def throughput(url: str, sizes: Sequence[h.Size], options: Any) -> dict[str, Any
         "one_client_images_per_s": h.rounded(options.requests / one),
         "eight_clients_images_per_s": h.rounded(options.requests / eight),
         "throughput_ratio": h.rounded(one / eight, 3),
+        "one_client_cpu_s_per_image": h.rounded(statistics.median(used[1])),
+        "eight_clients_cpu_s_per_image": h.rounded(statistics.median(used[CLIENTS])),
         "one_client_latency_s": h.rounded(statistics.median(latencies[1])),
         "eight_clients_latency_s": h.rounded(statistics.median(latencies[CLIENTS])),
         "one_client_over_drawing_ms": h.rounded(

@@ -225,11 +225,12 @@ class Engine:
                         handle.load(model.pixel_sizes(), steps, **options)
             except GraphMiss as problem:
                 missing = missing or {"": str(problem)}
-        previous, self._missing = self._missing, tuple(missing.values()) or tuple(self._unbound(handle))
+        lines = list(missing.values()) or (self._unusable(handle) if handle.unbound(needed) else [])
+        previous, self._missing = self._missing, tuple(lines)
         if opened and self._missing != previous:
             self._ready_or_not()
 
-    def _unbound(self, handle: Any) -> list[str]:
+    def _unusable(self, handle: Any) -> list[str]:
         """Rows of the plan whose graphs are there and yet not loaded: what a broken artifact leads to."""
         lines = []
         for height, width in self.model.pixel_sizes():

@@ -19,6 +19,7 @@ import torch
 import accel_hidiff as ah
 from accel_hidiff.compiling.pool import CompilePool
 from compile_cache import CacheWriteError, CompileCache
+from tests.accel_hidiff.test_variants import ATTENTION, CONVOLUTIONS, add_lora
 from tests.compiled.conftest import STEPS, relative_difference, request
 
 CONFIG = ah.HiDiffusionConfig()
@@ -120,6 +121,21 @@ class TestSwap:
             request(handle.pipe, num_inference_steps=1)
         assert handle.stats.background["queued"] > 0
         handle.remove()
+
+    def test_graphs_that_arrive_after_a_change_are_not_bound_to_what_came_in_its_place(
+        self, serve: Any, own_cache: Path, right: Any
+    ) -> None:
+        """Between two requests: LoRA layers are there when the graphs of the UNet without them arrive."""
+        handle = serve(without(own_cache, "resnet"))
+        request(handle.pipe, num_inference_steps=1)
+        add_lora(handle.pipe.unet, ATTENTION + CONVOLUTIONS)
+        assert handle.wait(240)
+        assert handle.stats.background["found"] == handle.stats.background["queued"]
+        handle.pipe.unet.unload_lora()
+        with handle.stats.expect(eager_calls=0, hits=STEPS):
+            assert relative_difference(request(handle.pipe), right) < 5e-3
+        assert not any("artifact" in reason and "failed" in reason for reason in handle.stats.rejected)
+        assert handle.verify() == {}
 
     def test_waiting_jobs_end_with_the_handle(self, make_pipe: Any, own_cache: Path, pool: CompilePool) -> None:
         cache = CompileCache(without(own_cache, "resnet", "transformer"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -118,6 +120,22 @@ def test_remove_restores_the_pipeline_bit_for_bit(make_pipe: Any, cache_dir: Pat
     after = {path: set(vars(module)) for path, module in [*pipe.unet.named_modules(), *pipe.vae.named_modules()]}
     assert names == after and pipe_names == set(vars(pipe))
     assert (request(pipe, output_type="np") == before).all()
+
+
+def test_remove_gives_programs_and_descriptors_back_at_once(make_pipe: Any, cache_dir: Path) -> None:
+    """Without waiting for the garbage collector, which does not know how much they hold."""
+    process, pipe = psutil.Process(), make_pipe()
+    before = process.num_fds()
+    gc.disable()
+    try:
+        for _ in range(3):
+            handle = accelerate_strict(pipe, cache_dir)
+            request(pipe, output_type="np")
+            assert process.num_fds() >= before + 6
+            handle.remove()
+            assert process.num_fds() == before
+    finally:
+        gc.enable()
 
 
 def test_accelerating_twice_replaces_the_first_handle(make_pipe: Any, cache_dir: Path) -> None:

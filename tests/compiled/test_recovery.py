@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import accel_hidiff as ah
+from accel_hidiff import dispatch
 from accel_hidiff.backends import aot
 from accel_hidiff.backends.base import BoundRegion
 from compile_cache import CompileCache
@@ -172,3 +175,68 @@ class TestSeal:
         finally:
             handle.remove()
         assert torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2)).sum() == 2
+
+
+def test_a_request_that_times_out_inside_of_a_compiled_call_is_no_failure_of_its_artifact(
+    cache_dir: Path, faults: Faults, right: torch.Tensor
+) -> None:
+    handle = served(cache_dir)
+    image(handle.pipe)
+    faults.path, faults.times, faults.error = "unet.mid_block", 1, TimeoutError("by a signal handler")
+    with pytest.raises(TimeoutError):
+        image(handle.pipe)
+    with handle.stats.expect(hits=STEPS + 1, eager_calls=0, bindings=0):
+        assert relative_difference(image(handle.pipe), right) < 5e-3
+    assert not handle.stats.rejected and handle.verify() == {}
+
+
+def test_a_request_that_times_out_anywhere_leaves_the_next_one_right(cache_dir: Path, right: torch.Tensor) -> None:
+    """By a timer whose signal handler raises, at moments all over the request: between bytecodes of whatever runs."""
+
+    def expires(*_: Any) -> None:
+        raise TimeoutError("the request took too long")
+
+    handle = served(cache_dir)
+    want, start = image(handle.pipe), time.perf_counter()
+    image(handle.pipe)
+    whole = time.perf_counter() - start
+    before, expired = signal.signal(signal.SIGALRM, expires), 0
+    try:
+        for share in range(1, 16):
+            signal.setitimer(signal.ITIMER_REAL, whole * share / 16)
+            try:
+                image(handle.pipe)
+            except TimeoutError:
+                expired += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert torch.equal(image(handle.pipe), want), share
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert expired > 5 and not handle.stats.rejected and handle.stats.eager_calls == 0
+
+
+def test_illegal_input_runs_eager_once_with_the_reason(cache_dir: Path, faults: Faults, right: torch.Tensor) -> None:
+    handle = served(cache_dir)
+    faults.path, faults.times, faults.error = "unet.up_blocks.0", 1, ValueError("expected 4 dimensions, got 3")
+    with handle.stats.expect(compiles=0):
+        assert relative_difference(image(handle.pipe), right) < 5e-3
+    (reason,) = handle.stats.rejected
+    assert "ValueError: expected 4 dimensions, got 3; it is not used again until" in reason
+
+
+def test_what_is_bound_is_bounded(cache_dir: Path, monkeypatch: pytest.MonkeyPatch, right: torch.Tensor) -> None:
+    """Of the calls of ever new sizes, the older half is forgotten, with its programs and cache entries."""
+    monkeypatch.setattr(dispatch, "_MAX_NAMES", 12)
+    handle = served(cache_dir)
+    held = set()
+    for height, width in [(128, 128 + 64 * n) for n in range(8)]:
+        request(handle.pipe, height, width)
+        held.add(len(handle._dispatcher._graphs))
+    assert max(held) <= 12 and handle.stats.eager_calls == 0
+    monkeypatch.setattr(dispatch, "_MAX_BOUND", 5)
+    for size in ((128, 192), (256, 128), (128, 128)):
+        request(handle.pipe, *size)
+    assert handle._dispatcher.binder.held <= 28 + 5
+    assert relative_difference(image(handle.pipe), right) < 5e-3
+    assert handle.stats.eager_calls == 0
