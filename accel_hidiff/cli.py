@@ -109,7 +109,7 @@ def precompile(
     device: Device = None,
     check: Annotated[bool, typer.Option("--check", help="Of a deploy file: only say what is missing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Of a deploy file: only estimate minutes, bytes.")] = False,
-    jobs: Annotated[int | None, typer.Option("--jobs", help="Compiling processes.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Compiling processes; of a deploy file, one per core.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Of a deploy file: of each process, such as 8GB.")] = None,
     as_json: AsJson = False,
 ) -> None:

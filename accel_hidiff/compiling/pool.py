@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -193,7 +193,9 @@ class CompilePool:
                     self._end(process)
                     process = None
                 task.tries += 1
-                if outcome.state == "died" and task.tries < _PATIENCE and not self._closed:
+                if outcome.state == "died" and self._closed:  # by this pool
+                    outcome = replace(outcome, state="cancelled", error="the pool was closed")
+                if outcome.state == "died" and task.tries < _PATIENCE:
                     with self._work:
                         self._tasks.append(task)
                     continue

@@ -85,8 +85,8 @@ class Board:
                 row.compiling += 1
                 slot = self._slot(None)
             self._workers[slot or 0] = _Task(model, digest, region, self._costs[digest])
-            if self._lines:
-                self._say(f"  compiling            {model}  {region}")
+        if self._lines:
+            self._say(f"  compiling            {model}  {region}")
 
     def ended(self, model: str, outcome: Outcome) -> None:
         """An artifact is there, or it failed."""
@@ -96,6 +96,8 @@ class Board:
                 self._workers[slot] = None
                 row.compiling -= 1
             row.waiting.pop(outcome.digest, None)
+            if outcome.state == "cancelled":  # Ctrl-C
+                return
             row.done += outcome.ok
             row.failed += not outcome.ok
             if outcome.ok:
@@ -104,17 +106,20 @@ class Board:
             if not row.waiting and not row.compiling:
                 row.ended = time.monotonic()
             self._ended += 1
-            if self._lines or not outcome.ok:
-                error = f": {outcome.error}" if outcome.error else ""
-                number = f"{self._ended:3} of {self._total}"
-                self._say(f"{number}  {outcome.state:8} {outcome.seconds:6.1f} s  {model}  {outcome.path}{error}")
+            number = f"{self._ended:3} of {self._total}"
+        if self._lines or not outcome.ok:
+            error = f": {outcome.error}" if outcome.error else ""
+            self._say(f"{number}  {outcome.state:8} {outcome.seconds:6.1f} s  {model}  {outcome.path}{error}")
 
     def left(self, model: str) -> float:
         """Seconds until the artifacts of a model are there, if all workers were its own."""
-        now, scale = time.monotonic(), self._spent / self._foreseen if self._foreseen else 1.0
+        now = time.monotonic()
         with self._lock:
             waiting = sum(cost.seconds for cost in self._rows[model].waiting.values())
-            working = [task for task in self._workers if task is not None and task.model == model]
+            tasks = [task for task in self._workers if task is not None]
+            known = self._spent / self._foreseen if self._foreseen else 1.0
+            scale = max(known, *((now - task.began) / task.cost.seconds for task in tasks), 0.0)
+            working = [task for task in tasks if task.model == model]
             rest = [max(task.cost.seconds * scale - (now - task.began), 1.0) for task in working]
         return max((waiting * scale + sum(rest)) / self._jobs, *rest, 0.0)
 
@@ -146,6 +151,7 @@ class Board:
         return digests.index(digest) if digest in digests else None
 
     def _say(self, line: str) -> None:
+        """Without the lock: a console that prints waits for the live table, which waits for the lock."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -24,7 +24,8 @@ PLAIN_MODULES = [
     "accel_hidiff",
     *(f"accel_hidiff.{name}" for name in ("errors", "config", "topology", "families", "schedule", "shifts", "guard")),
     *(f"accel_hidiff.serving.{name}" for name in ("requests", "schema", "metrics", "engine", "service")),
-    *("accel_hidiff.serving.app", "accel_hidiff.serving.command"),
+    *("accel_hidiff.serving.app", "accel_hidiff.serving.command", "accel_hidiff.deploy"),
+    *(f"accel_hidiff.precompiling.{name}" for name in ("options", "machine", "estimate")),
 ]
 
 

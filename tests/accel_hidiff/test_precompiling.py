@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,47 @@ class TestBoard:
         assert self.row(board, "base") == ["4/5", "1", "0:00"], "one failed, nothing is left"
         assert out.getvalue().splitlines() == ["  2 of 2  failed     20.0 s  base  unet.b: no compiler"]
 
+    def test_what_takes_longer_than_foreseen_counts_for_the_rest(self) -> None:
+        board = Board(Console(file=io.StringIO()), self.MODELS, 2, lines=False)
+        board.started("base", "a", "unet.a")
+        assert board.left("base") == pytest.approx(20, abs=1)
+        task = board._workers[0]
+        assert task is not None
+        task.began -= 50  # five times the ten seconds that were foreseen
+        assert board.left("base") == pytest.approx(75, abs=2)
+
     def test_one_that_died_begins_again(self) -> None:
         board = Board(Console(file=io.StringIO()), self.MODELS, 1, lines=False)
         for _ in range(2):
             board.started("base", "a", "unet.a")
         board.ended("base", outcome("a", "compiled"))
         assert self.row(board, "base")[0] == "4/5" and "worker 1: waits" in self.drawn(board)
+
+    def test_it_is_drawn_while_it_prints(self) -> None:
+        """The live table is drawn by a thread of its own, which a line that is printed has to wait for."""
+        board: Board
+        drawn: list[bool] = []
+
+        class Screen(io.StringIO):
+            def write(self, text: str) -> int:
+                thread = threading.Thread(target=lambda: board.__rich__(), daemon=True)
+                thread.start()
+                thread.join(10)
+                drawn.append(not thread.is_alive())
+                return super().write(text)
+
+        board = Board(Console(file=Screen(), width=200), self.MODELS, 1, lines=True)
+        board.started("base", "a", "unet.a")
+        board.ended("base", outcome("a", "failed", "no compiler"))
+        assert len(drawn) >= 2 and all(drawn)
+
+    def test_what_ctrl_c_cancels_is_no_failure(self) -> None:
+        out = io.StringIO()
+        board = Board(Console(file=out), self.MODELS, 1, lines=False)
+        board.started("base", "a", "unet.a")
+        for digest in "ab":
+            board.ended("base", outcome(digest, "cancelled", "the pool was closed"))
+        assert out.getvalue() == "" and self.row(board, "base")[:2] == ["3/3", "0:00"]
 
     def test_plain_lines_where_there_is_no_terminal(self) -> None:
         out = io.StringIO()
