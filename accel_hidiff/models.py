@@ -35,18 +35,18 @@ def load_pipeline(
     """
     target, chosen = _target(model, dtype, device)
 
-    from diffusers import AutoPipelineForText2Image, ControlNetModel, DiffusionPipeline
+    import diffusers  # it imports a class, and what that one needs, when it is asked for
 
     with _one_line(model):
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=chosen)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=chosen)
     find_unet(pipe)
     nets = []
     for name in controlnets:
         with _one_line(name):
-            nets.append(ControlNetModel.from_pretrained(name, dtype=chosen))
+            nets.append(diffusers.ControlNetModel.from_pretrained(name, dtype=chosen))
     if nets:
         with _one_line(model):
-            pipe = AutoPipelineForText2Image.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0])
+            pipe = diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0])
     return pipe.to(target)
 
 

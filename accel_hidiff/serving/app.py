@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import accel_hidiff
+from accel_hidiff.deploy import ServiceTable
 from accel_hidiff.serving import schema
 from accel_hidiff.serving.jobs import Event, Finished, Job, Step
 from accel_hidiff.serving.refusal import Refusal, client_gone, failed, timed_out, too_large
@@ -25,7 +26,7 @@ from accel_hidiff.serving.service import Service
 LOG = logging.getLogger(__name__)
 GENERATIONS: Final = "/v1/images/generations"
 _KEEP_ALIVE_S: Final = 15.0  # of event streams: a comment, so that proxies do not close what is only waiting
-_BODY_S: Final = 30.0  # in which a body has to arrive
+_BODY_S: Final = 30.0  # in which a body has to arrive, or the time of a request, if that is less
 _DISCARDED: Final = 4 << 20  # bytes of a body that is too large: read all the same, so that the answer is seen
 
 
@@ -84,7 +85,7 @@ def create_app(service: Service) -> Any:
     async def generations(request: Request) -> Response:
         model = None
         try:
-            body = read_json(await _read_body(request, deployment.service.max_body))
+            body = read_json(await _read_body(request, deployment.service))
             asked = read_request(body, deployment, lambda: secrets.randbelow(MAX_SEED + 1))
             model = asked.model
             served = _Served(service, asked)
@@ -216,12 +217,15 @@ class _Served:
         }
 
 
-async def _read_body(request: Any, limit: int) -> bytes:
+async def _read_body(request: Any, table: ServiceTable) -> bytes:
+    from starlette.requests import ClientDisconnect
+
+    limit, patience = table.max_body, min(_BODY_S, table.timeout)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     parts: list[bytes] = []
     size = 0
     try:
-        async with asyncio.timeout(_BODY_S):
+        async with asyncio.timeout(patience):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size <= limit:
@@ -229,8 +233,10 @@ async def _read_body(request: Any, limit: int) -> bytes:
                 elif size > limit + _DISCARDED:
                     break
     except TimeoutError:
-        message = f"body: expected it within {_BODY_S:g} s, got a part of it; send it at once"
+        message = f"body: expected it within {patience:g} s, got a part of it; send it at once"
         raise Refusal(408, message, code="body_timeout") from None
+    except ClientDisconnect:
+        raise client_gone() from None
     if size > limit:
         raise too_large(limit)
     if kind != "application/json":

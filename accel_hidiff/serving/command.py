@@ -83,6 +83,7 @@ class _Server:
             log_config=None,
             access_log=False,
             lifespan="off",
+            ws="none",
             server_header=False,
             timeout_graceful_shutdown=_CONNECTIONS_S,
             backlog=_BACKLOG,

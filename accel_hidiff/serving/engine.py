@@ -167,10 +167,14 @@ class Engine:
             if (job := self._next(_LOOK_AGAIN if self._missing else None)) is None:
                 continue
             try:
-                self._serve(job)
+                compiled = self._serve(job)
             finally:
                 with self._work:
                     self._running = None
+            if not compiled and not self._missing and self._handle.unbound(graphs):  # an artifact failed
+                self._missing = tuple(self._unusable(self._handle))
+                self._ready_or_not()
+                look = time.monotonic() + _LOOK_AGAIN
 
     def _next(self, timeout: float | None) -> Job | None:
         with self._work:
@@ -213,8 +217,10 @@ class Engine:
         return needed
 
     def _load(self, needed: Any, handle: Any = None) -> None:
-        """Loads what the cache holds by now."""
+        """Loads what the cache holds by now, and what failed and is sound."""
         opened, handle = handle is None, handle or self._handle
+        for digest, wrong in handle.verify().items():
+            LOG.warning("%s: artifact %s failed: %s", self.model.name, digest[:12], wrong or "sound, used again")
         missing = handle.missing(needed)
         model = self.model
         if not missing or handle.stats.misses == 0:  # later: nothing new to ask for until everything is there
@@ -239,7 +245,7 @@ class Engine:
                     for row in handle.explain(height, width, steps, batch=batch).rows:
                         if row.state not in ("loaded", "eager", "compiles at start"):
                             where = f"{size_text((height, width))} {row.topology}"
-                            lines.append(f"{where}: {row.state} {row.reason}".strip())
+                            lines.append(f"{where}: {row.state}, not loaded {row.reason}".strip())
         return list(dict.fromkeys(lines))
 
     def _ready_or_not(self) -> None:
@@ -249,16 +255,18 @@ class Engine:
         more = f" and {len(self._missing) - _SHOWN} more" if len(self._missing) > _SHOWN else ""
         LOG.warning("%s: not ready: %s%s", self.model.name, "; ".join(self._missing[:_SHOWN]), more)
 
-    def _serve(self, job: Job) -> None:
+    def _serve(self, job: Job) -> bool:
+        """False if a call of it was not served by compiled graphs."""
         began = time.monotonic()
         stats = self._handle.stats
-        before = stats.hits, stats.eager_calls
+        before, missed = (stats.hits, stats.eager_calls), False
         try:
             images = self._draw(job)
         except Stopped:
             LOG.info("%s: left after %.2f s", job.number, time.monotonic() - began)
         except GraphMiss as problem:  # nothing is wrong with the request: another replica may have the graph
             LOG.warning("%s: %s", job.number, problem)
+            missed = True
             reason = str(problem).partition("; to fill the gap:")[0]
             job.finish(unavailable(f"{reason}; the service must not run it otherwise", "graph_missing", None))
         except BadInput as problem:
@@ -271,6 +279,7 @@ class Engine:
             self._mean += (seconds - self._mean) / 4
             served = stats.hits - before[0], stats.eager_calls - before[1]
             job.finish(Finished(tuple(images), *served, waited=began - job.arrived, drawn=seconds))
+        return stats.eager_calls == before[1] and not missed
 
     def _draw(self, job: Job) -> Sequence[tuple[Any, int]]:
         """(PIL image, seed) of each image. One after the other, so that each depends on its own seed alone."""

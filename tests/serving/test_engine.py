@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import accel_hidiff as ah
+from accel_hidiff.backends import aot
+from accel_hidiff.backends.base import BoundRegion
 from accel_hidiff.deploy import ModelTable
 from accel_hidiff.serving.engine import Engine
 from accel_hidiff.serving.jobs import Event, Finished, Job, Step, Stopped
@@ -22,6 +24,7 @@ from accel_hidiff.serving.refusal import Refusal, client_gone
 from accel_hidiff.serving.requests import ImageRequest
 from compile_cache import CompileCache
 from tests.conftest import STEPS
+from tests.serving.client import until
 
 REQUEST = ImageRequest("tiny", "a red circle", None, 128, 192, 1, 3, STEPS, None, False)
 
@@ -98,6 +101,38 @@ class TestFaults:
         (record,) = [record for record in caplog.records if record.name == "accel_hidiff.serving.engine"]
         assert record.getMessage() == "req-0: the pipeline failed" and record.exc_info is not None
         assert (image(ask(engine)) == right).all() and engine.idle()
+
+    @pytest.mark.parametrize("on_miss", ["error", "eager"])
+    def test_an_artifact_that_fails_is_checked_and_serves_again(
+        self, start: Any, monkeypatch: pytest.MonkeyPatch, on_miss: str
+    ) -> None:
+        failing: list[Exception] = []
+        bind = aot.AOTBackend.bind
+
+        def fragile(backend: Any, graph: Any, entry: Any) -> BoundRegion:
+            bound = bind(backend, graph, entry)
+
+            def call(*inputs: Any) -> Any:
+                if failing and graph.region.path == "unet.mid_block.resnets.0":
+                    raise failing.pop()
+                return bound.call(*inputs)
+
+            return BoundRegion(call, bound.bucket, bound)
+
+        monkeypatch.setattr(aot.AOTBackend, "bind", fragile)
+        engine = start(on_miss=on_miss)
+        right = image(ask(engine))
+        failing.append(RuntimeError("out of memory"))
+        event = ask(engine)
+        if on_miss == "error":
+            assert isinstance(event, Refusal) and (event.status, event.code) == (503, "graph_missing")
+        else:
+            assert np.abs(image(event).astype(int) - right.astype(int)).max() <= 1
+            assert isinstance(event, Finished) and event.eager > 0
+        until(lambda: not engine.state().ready, 5)
+        assert "not loaded" in engine.state().missing[0]
+        until(lambda: engine.state().ready, 20)
+        assert (image(ask(engine)) == right).all()
 
     def test_input_that_the_pipeline_refuses_is_400(self, start: Any) -> None:
         engine = start(backend="eager", cfgpp=0.6)

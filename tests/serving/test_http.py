@@ -238,6 +238,16 @@ class TestClientsThatGo:
             thread.join()
         until(lambda: service.metric("running", model="tiny") == 0, 5)
 
+    def test_one_that_goes_before_it_has_asked(self, service: RunningService) -> None:
+        before = service.metric("requests_total", status="499", model="")
+        url = httpx.URL(service.url)
+        with socket.create_connection((url.host, url.port)) as raw:
+            head = (
+                f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+            )
+            raw.sendall(head.encode() + b"{")
+        until(lambda: service.metric("requests_total", status="499", model="") == before + 1, 5)
+
 
 class TestMetrics:
     def test_they_count_what_happened(self, service: RunningService) -> None:

@@ -155,13 +155,18 @@ class TestMissingGraphs:
             assert session(service.popen.pid) == []
 
     @pytest.mark.slow
-    def test_stopped_while_it_compiles_it_leaves_no_process(self, models: Any, own_cache: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_ended_while_it_compiles_it_leaves_no_process_and_a_valid_cache(
+        self, models: Any, own_cache: Path, tmp_path: Path, number: int
+    ) -> None:
         without(own_cache, "resnet", "transformer", shared=False)
         models["tiny"]["on_miss"] = "background"
         with RunningService(write_deploy_file(tmp_path, own_cache, models)) as service:
             until(lambda: len(session(service.popen.pid)) >= 2, 60, service)
-            assert service.stop() == 0
-            assert session(service.popen.pid) == []
+            time.sleep(5)  # by now it traces, or compiles
+            service.popen.send_signal(number)
+            assert service.popen.wait(60) == (0 if number == signal.SIGTERM else -number)
+            until(lambda: session(service.popen.pid) == [], 30)
         assert CompileCache(own_cache).verify().ok
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -83,6 +84,16 @@ def test_the_body_limit(tight: RunningService) -> None:
     assert tight.draw(user="x" * 200).status_code == 200
     answer = tight.draw(user="x" * 250, prompt="x" * 200)
     assert answer.status_code == 413 and "at most 300 bytes" in error_of(answer)["message"]
+
+
+def test_a_body_that_does_not_come(tight: RunningService) -> None:
+    url = httpx.URL(tight.url)
+    with socket.create_connection((url.host, url.port), timeout=30) as raw:
+        head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        raw.sendall(head.encode() + b'{"prompt":')
+        start = time.monotonic()
+        assert b" 408 " in raw.recv(1000).splitlines()[0]
+        assert TIMEOUT - 0.1 < time.monotonic() - start < TIMEOUT + 2
 
 
 @pytest.mark.parametrize(
