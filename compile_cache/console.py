@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 import typer
 
 from .errors import one_line
+
+_INTERRUPTED: Final = 130  # what typer returns after Ctrl-C
 
 
 def run_app(
@@ -34,7 +37,7 @@ def run_app(
         sys.stdout.flush()
     except failed as error:
         return complain(name, error, 1)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # of releases of typer that let them through
         return complain(name, "interrupted", 1)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,6 +51,8 @@ def run_app(
         if message is None:
             raise
         return complain(name, f"{message()} Try {name} --help.", 2)
+    if outcome == _INTERRUPTED:
+        return complain(name, "interrupted", 1)
     return outcome if isinstance(outcome, int) else 0
 
 

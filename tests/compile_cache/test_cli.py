@@ -135,3 +135,11 @@ def test_help_and_a_real_process(location):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     done = real("explain", location, "zzz")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_ctrl_c_is_one_line_and_exit_code_1(capsys, monkeypatch, location):
+    def interrupted(self, repair=False):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CompileCache, "verify", interrupted)
+    assert call(capsys, "verify", location) == (1, "", "compile-cache: interrupted\n")
