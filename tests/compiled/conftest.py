@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import accel_hidiff as ah
+from accel_hidiff.backends import aot
 from compile_cache import CompileCache
 from tests import models
 from tests.conftest import SIZES, STEPS
@@ -32,6 +34,12 @@ def strict(make_pipe: Any, cache_dir: Path) -> Iterator[Any]:
     handle = accelerate_strict(make_pipe(), cache_dir)
     yield handle
     handle.remove()
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program of an earlier test is used again: what is bound is loaded from the cache."""
+    monkeypatch.setattr(aot, "_idle", defaultdict(deque))
 
 
 @pytest.fixture

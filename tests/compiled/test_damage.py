@@ -81,6 +81,7 @@ def test_a_flip_in_any_one_file_never_gives_a_wrong_image(
         path.write_bytes(whole)
 
 
+@pytest.mark.usefixtures("nothing_loaded")
 def test_an_artifact_changed_between_check_and_load_is_refused(
     own_cache: Path, make_pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

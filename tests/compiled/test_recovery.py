@@ -116,6 +116,7 @@ def test_an_artifact_that_was_damaged_meanwhile_stays_out(own_cache: Path, fault
         assert relative_difference(image(handle.pipe), right) < 5e-3
 
 
+@pytest.mark.usefixtures("nothing_loaded")
 def test_a_package_that_does_not_load_runs_eager(cache_dir: Path, monkeypatch: Any, right: torch.Tensor) -> None:
     def fails(*arguments: Any) -> Any:
         raise ah.CompileFailed("unet: expected a package that loads, got: no such symbol")
