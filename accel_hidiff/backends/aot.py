@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 import accel_hidiff
 from accel_hidiff.backends.base import BoundRegion, Prepared
@@ -111,9 +112,9 @@ class AOTBackend:
         # reads must live until the next request binds anew.
         bound = {name: tensors[name].detach() for name in names}
         package.load_constants(bound, False, True, user_managed=True)  # all of the active buffer
-        call = _Call(package.boxed_run, bound)
-        weakref.finalize(call, idle.append, package).atexit = False
-        return BoundRegion(call, self.served(entry), bound)
+        call = _Call(package.boxed_run)
+        weakref.finalize(call, _release, idle, package, list(bound.values())).atexit = False
+        return BoundRegion(call, self.served(entry))
 
 
 # Packages that nobody calls any more, by content and device. The library of a package stays in the process once it is
@@ -121,14 +122,25 @@ class AOTBackend:
 _idle: defaultdict[tuple[str, int], deque[Any]] = defaultdict(deque)
 
 
+def _release(idle: deque[Any], package: Any, weights: list[Tensor]) -> None:
+    """Nobody calls a package any more: it is idle, and keeps no weights alive.
+
+    torch's `load_constants(user_managed=True)` never lets go of the tensors that it is given, whatever is loaded in
+    their place (torch 2.13): every model that was exchanged would stay in memory. So they give up their memory here.
+    """
+    with _disable_current_modes(), torch.inference_mode():  # it may be called in the middle of anything
+        for tensor in weights:
+            tensor.set_()  # type: ignore[call-overload]
+    idle.append(package)
+
+
 class _Call:
     """A package over weights; when the last reference to it goes, the package is idle."""
 
-    __slots__ = ("__weakref__", "_run", "_weights")
+    __slots__ = ("__weakref__", "_run")
 
-    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]]) -> None:
         self._run = run
-        self._weights = weights  # the package reads their memory
 
     def __call__(self, *inputs: Tensor) -> Any:
         out = self._run(list(inputs))

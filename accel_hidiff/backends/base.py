@@ -20,12 +20,10 @@ class BoundRegion:
     Attributes:
         call: takes the region's input tensors, returns its output tensor.
         bucket: the sizes that it may be fed with, as the compiler guarantees them.
-        keepalive: whatever must live as long as `call`: the bound weights.
     """
 
     call: RegionCall
     bucket: ShapeBucket
-    keepalive: Any = None
 
 
 @dataclass(frozen=True)

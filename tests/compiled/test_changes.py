@@ -7,6 +7,7 @@ has a file of its own, `test_changes_lora`, and so has what a request brings wit
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import accel_hidiff as ah
 from tests import models
@@ -300,3 +302,17 @@ def test_an_artifact_with_weights_in_it_is_not_stored(tmp_path: Path, monkeypatc
     assert not list(handle.cache.digests())
     monkeypatch.undo()
     aot._factors.cache_clear()
+
+
+@pytest.mark.parametrize("change", [assigned_state, other_unet, new_parameters])
+def test_weights_that_were_exchanged_are_given_back(twins: Any, change: Callable[[Any], Any]) -> None:
+    """Programs hold the weights of the model that they serve, and no other's, however many were exchanged."""
+    handle, _ = twins
+    seen: list[StorageWeakRef] = []
+    for _ in range(3):
+        image(handle.pipe)
+        seen += [StorageWeakRef(weight.untyped_storage()) for weight in handle.pipe.unet.parameters()]
+        change(handle.pipe)
+    image(handle.pipe)
+    gc.collect()
+    assert handle.stats.eager_calls == 0 and not [weight for weight in seen if not weight.expired()]
