@@ -7,7 +7,8 @@ object; other schedulers; a restart of the handle. Requests are interrupted, or 
 call that raises, a blob of the cache overwritten on the disk, `kill -9` of the compiling process.
 
 An image is wrong if max|got - want| / max|want| is not below 5e-3. The process is looked at after each request:
-resident memory (the twin's included), programs that are loaded, file descriptors. The library of a program stays in a
+resident memory (the twin's included, after glibc has given back what is free), programs that are loaded, file
+descriptors. The library of a program stays in a
 process that loaded it, and new sizes bring new programs; without `MB_OF_PROGRAM` for each, memory is bounded if its
 Theil-Sen slope over the second half is below `SLOPE_LIMIT` MB per 100 requests. At the end nothing may be left:
 processes, unfinished files, damage.
@@ -17,6 +18,8 @@ processes, unfinished files, damage.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import random
 import signal
@@ -25,6 +28,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,9 +98,7 @@ class Soak:
     def accelerate(self) -> ah.Handle:
         """A handle over the cache as it is on the disk."""
         options: dict[str, Any] = {"on_miss": "background", "background": self.pool}
-        return ah.accelerate(
-            self.served, hidiffusion=ah.HiDiffusionConfig(), cache=CompileCache(self.cache), **options
-        )
+        return ah.accelerate(self.served, hidiffusion=ah.HiDiffusionConfig(), cache=CompileCache(self.cache), **options)
 
     def both(self, change: Callable[[Any], Any]) -> None:
         """The same for the pipeline and its twin."""
@@ -308,6 +310,13 @@ def children() -> list[str]:
     return found
 
 
+def give_back_free_memory() -> None:
+    """glibc keeps what is freed between blocks that are in use; how much of that there is tells nothing of leaks."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def soak(report: h.Report, cache: Path, requests: int, seed: int) -> tuple[list[dict[str, Any]], float]:
     """All requests, then what is left over.
 
@@ -321,6 +330,7 @@ def soak(report: h.Report, cache: Path, requests: int, seed: int) -> tuple[list[
             happened = test.happen()
             row = test.request(number)
             binder = test.handle._dispatcher.binder
+            give_back_free_memory()
             row["rss_mb"] = h.rounded(process.memory_info().rss / 1e6, 5)
             row["programs"] = binder.held + sum(map(len, aot._idle.values()))
             row["descriptors"] = process.num_fds() - len(binder._entries)  # one for each entry in use is meant to be

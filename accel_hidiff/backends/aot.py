@@ -99,48 +99,69 @@ class AOTBackend:
             package = idle.pop()
         except IndexError:
             advice = f"delete artifact {entry.digest[:12]} from the cache and compile again"
-            package = _load(graph, entry.path / _PACKAGE, advice)
+            package = _Package(_load(graph, entry.path / _PACKAGE, advice))
         module = graph.region.graph_module(graph.traits)
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        names = package.get_constant_fqns()
-        if missing := [name for name in names if name not in tensors]:
+        if missing := [name for name in package.names if name not in tensors]:
             raise CompileFailed(
                 f"{graph.region.path}: expected a region that holds {missing[0]}, which artifact {entry.digest[:12]} "
                 "binds; it was made for another structure: delete it (compile-cache verify) and compile again"
             )
-        # Tensors of its own over the same memory: `module.to(...)` gives a parameter other memory, and what the code
-        # reads must live until the next request binds anew.
-        bound = {name: tensors[name].detach() for name in names}
-        package.load_constants(bound, False, True, user_managed=True)  # all of the active buffer
-        call = _Call(package.boxed_run)
-        weakref.finalize(call, _release, idle, package, list(bound.values())).atexit = False
+        package.bind(tensors)
+        call = _Call(package)
+        weakref.finalize(call, _release, idle, package).atexit = False
         return BoundRegion(call, self.served(entry))
+
+
+class _Package:
+    """A loaded package, and tensors of its own over the memory of the weights that it is bound to.
+
+    Of its own: `module.to(...)` gives a parameter other memory, and what the code reads must live until the next
+    request binds anew. And always the same ones: torch's `load_constants(user_managed=True)` never lets go of a tensor
+    that it was given, whatever is loaded in its place (torch 2.13), so that every model that was exchanged would stay
+    in memory. These take up other memory, and give it up, but are never given up themselves.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self._slots: dict[str, Tensor] = {}
+        self.names: list[str] = loader.get_constant_fqns()
+        self.run: Callable[[list[Tensor]], list[Tensor]] = loader.boxed_run
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Calls run over these weights from now on."""
+        with torch.inference_mode():
+            for name in self.names:
+                weight = tensors[name].detach()
+                if name not in self._slots:
+                    self._slots[name] = torch.empty(0, dtype=weight.dtype, device=weight.device)
+                self._slots[name].set_(weight)  # type: ignore[call-overload]
+        self._loader.load_constants(self._slots, False, True, user_managed=True)  # all of the active buffer
+
+    def unbind(self) -> None:
+        """The weights' memory is given up; nothing may call it before it is bound again."""
+        with _disable_current_modes(), torch.inference_mode():  # it may be called in the middle of anything
+            for slot in self._slots.values():
+                slot.set_()  # type: ignore[call-overload]
 
 
 # Packages that nobody calls any more, by content and device. The library of a package stays in the process once it is
 # loaded (`dlclose` does not unload it), so it is bound to other weights, whoever needs the same program next.
-_idle: defaultdict[tuple[str, int], deque[Any]] = defaultdict(deque)
+_idle: defaultdict[tuple[str, int], deque[_Package]] = defaultdict(deque)
 
 
-def _release(idle: deque[Any], package: Any, weights: list[Tensor]) -> None:
-    """Nobody calls a package any more: it is idle, and keeps no weights alive.
-
-    torch's `load_constants(user_managed=True)` never lets go of the tensors that it is given, whatever is loaded in
-    their place (torch 2.13): every model that was exchanged would stay in memory. So they give up their memory here.
-    """
-    with _disable_current_modes(), torch.inference_mode():  # it may be called in the middle of anything
-        for tensor in weights:
-            tensor.set_()  # type: ignore[call-overload]
+def _release(idle: deque[_Package], package: _Package) -> None:
+    package.unbind()
     idle.append(package)
 
 
 class _Call:
-    """A package over weights; when the last reference to it goes, the package is idle."""
+    """Calls a package; when the last reference to it goes, the package is idle."""
 
     __slots__ = ("__weakref__", "_run")
 
-    def __init__(self, run: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        self._run = run
+    def __init__(self, package: _Package) -> None:
+        self._run = package.run
 
     def __call__(self, *inputs: Tensor) -> Any:
         out = self._run(list(inputs))

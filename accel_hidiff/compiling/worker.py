@@ -29,22 +29,24 @@ class _Inbox:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._parent = os.getppid()
-        self._frames: list[tuple[str, Any]] = []
+        self._frames: list[bytes] = []
         self._ready = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
 
     def next(self) -> tuple[str, Any]:
-        """The next frame."""
+        """The next frame. Unpickled here: it imports torch, and the thread that reads has to go on watching."""
         with self._ready:
             while not self._frames:
                 self._ready.wait()
-            return self._frames.pop(0)
+            frame = self._frames.pop(0)
+        kind, value = pickle.loads(frame)
+        return kind, value
 
     def _read(self) -> None:
         try:
             while True:
                 (length,) = HEADER.unpack(self._exactly(HEADER.size))
-                frame = pickle.loads(self._exactly(length))
+                frame = self._exactly(length)
                 with self._ready:
                     self._frames.append(frame)
                     self._ready.notify()

@@ -106,6 +106,7 @@ class TestSwap:
         with stats.expect(eager_calls=0, misses=0):
             assert relative_difference(request(handle.pipe), right) < 5e-3
 
+    @pytest.mark.slow
     def test_the_reason_is_in_stats_and_explain_while_it_lasts(self, serve: Any, own_cache: Path) -> None:
         handle = serve(without(own_cache, "resnet"))
         request(handle.pipe, num_inference_steps=1)
@@ -148,6 +149,7 @@ class TestSwap:
 
 
 class TestProcess:
+    @pytest.mark.slow
     def test_it_has_the_lowest_priority_and_one_thread(self, serve: Any, own_cache: Path, pool: CompilePool) -> None:
         handle = serve(without(own_cache, "resnet"))
         request(handle.pipe, num_inference_steps=1)
@@ -240,7 +242,8 @@ class TestParent:
                 continue
         return True
 
-    @pytest.mark.parametrize("seconds", [0.5, pytest.param(15.0, marks=pytest.mark.slow)])  # importing, compiling
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seconds", [0.5, 15.0])  # importing, compiling
     def test_compilers_end_with_a_parent_that_is_killed(
         self, model_folder: Path, own_cache: Path, seconds: float
     ) -> None:
@@ -271,6 +274,7 @@ class TestParent:
 
 
 class TestFailure:
+    @pytest.mark.slow
     def test_it_is_remembered_with_its_error_and_not_tried_again(
         self, serve: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch, right: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -320,6 +324,7 @@ class TestBadInput:
             CompilePool(**options)
 
 
+@pytest.mark.slow
 def test_two_replicas_compile_a_graph_once(make_pipe: Any, own_cache: Path) -> None:
     without(own_cache, "decoder", shared=False)
     handles = []

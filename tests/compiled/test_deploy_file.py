@@ -191,6 +191,7 @@ class TestCompile:
         assert set(CompileCache(own_cache).digests()) == whole and children() == []
         assert precompile(file, "--check").code == 0
 
+    @pytest.mark.slow
     def test_what_two_models_need_is_compiled_once(
         self, precompile: Any, deploy: Any, configs: Path, own_cache: Path, tmp_path: Path
     ) -> None:
@@ -207,6 +208,7 @@ class TestCompile:
         (sample,) = [sample for sample in samples_of(CompileCache(own_cache)) if sample.region == "cfgpp step"]
         assert 0.5 < sample.seconds < 600 and sample.weights == 0
 
+    @pytest.mark.slow
     def test_one_that_fails_leaves_the_others(
         self, precompile: Any, deploy: Any, configs: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
