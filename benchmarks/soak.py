@@ -8,10 +8,9 @@ call that raises, a blob of the cache overwritten on the disk, `kill -9` of the 
 
 An image is wrong if max|got - want| / max|want| is not below 5e-3. The process is looked at after each request:
 resident memory (the twin's included, after glibc has given back what is free), programs that are loaded, file
-descriptors. The library of a program stays in a
-process that loaded it, and new sizes bring new programs; without `MB_OF_PROGRAM` for each, memory is bounded if its
-Theil-Sen slope over the second half is below `SLOPE_LIMIT` MB per 100 requests. At the end nothing may be left:
-processes, unfinished files, damage.
+descriptors. The library of a program stays in a process that loaded it, and new sizes bring new programs; without
+`MB_OF_PROGRAM` for each, memory is bounded if its Theil-Sen slope over the second half is below `SLOPE_LIMIT` MB per 100
+requests. At the end nothing may be left: processes, unfinished files, damage.
 
 `--requests 30 --tiny` is the short version that the tests run; the model is the tiny one in both.
 """

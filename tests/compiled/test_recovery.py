@@ -38,7 +38,7 @@ class Faults:
                     raise self.error
                 return bound.call(*inputs)
 
-            return BoundRegion(call, bound.bucket, bound)
+            return BoundRegion(call, bound.bucket)
 
         return bind
 
