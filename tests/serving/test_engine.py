@@ -117,7 +117,7 @@ class TestFaults:
                     raise failing.pop()
                 return bound.call(*inputs)
 
-            return BoundRegion(call, bound.bucket, bound)
+            return BoundRegion(call, bound.bucket)
 
         monkeypatch.setattr(aot.AOTBackend, "bind", fragile)
         engine = start(on_miss=on_miss)
