@@ -359,7 +359,8 @@ def soak(report: h.Report, cache: Path, requests: int, seed: int) -> tuple[list[
         rss_slope_mb_per_100=h.rounded(whole_slope, 3), rss_slope_without_programs_mb_per_100=h.rounded(slope, 3),
         programs_last=rows[-1]["programs"], programs_most=max(row["programs"] for row in rows),
         slope_limit=SLOPE_LIMIT, left=left, background_of_last_handle=stats["background"], repaired_at_the_end=repaired,
-        onednn_cache=os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "default"), cache_ok=store.verify().ok, artifacts=len(list(store.entries())),
+        onednn_cache=os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "default"),
+        cache_ok=store.verify().ok, artifacts=len(list(store.entries())),
     )  # fmt: skip
     if wrong:
         raise h.WrongOutput(f"expected images like the twin's, {wrong} of {len(rows)} requests gave others")
