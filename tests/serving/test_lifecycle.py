@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,36 @@ class TestMissingGraphs:
             service.popen.send_signal(number)
             assert service.popen.wait(60) == (0 if number == signal.SIGTERM else -number)
             until(lambda: session(service.popen.pid) == [], 30)
+        assert CompileCache(own_cache).verify().ok
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("who", ["compiler", "service", "both"])
+    def test_killed_at_work_it_comes_back_ready_from_a_valid_cache(
+        self, models: Any, own_cache: Path, tmp_path: Path, who: str
+    ) -> None:
+        """`kill -9` of the compiling process, of the service, and of both at once."""
+        without(own_cache, "decoder", shared=False)
+        models["tiny"]["on_miss"] = "background"
+        file = write_deploy_file(tmp_path, own_cache, models)
+        with RunningService(file) as service:
+            own = service.popen.pid
+            until(lambda: len(session(own)) >= 2, 60, service)
+            time.sleep(5)  # by now it traces, or compiles
+            targets = [pid for pid in session(own) if (pid == own) != (who == "compiler") or who == "both"]
+            for pid in targets:
+                with suppress(ProcessLookupError):  # compilers end with the one that started them
+                    os.kill(pid, signal.SIGKILL)
+            if who == "compiler":
+                service.wait_ready(240)  # another one took over
+                assert service.draw().json()["served"]["eager"] == 0 and service.stop() == 0
+            else:
+                assert service.popen.wait(10) == -signal.SIGKILL
+            until(lambda: session(own) == [], 60)
+        assert CompileCache(own_cache).verify().ok
+        with RunningService(file) as service:
+            service.wait_ready(240)
+            assert service.draw().json()["served"] == {"compiled": 4, "eager": 0}
+            assert service.stop() == 0 and session(service.popen.pid) == []
         assert CompileCache(own_cache).verify().ok
 
 
