@@ -38,7 +38,7 @@ def plot(rows: list[dict[str, Any]], slope: float, path: Path) -> None:
     other.set_ylabel("file descriptors, programs")
     other.set_ylim(0, 2.2 * max(row["programs"] for row in rows))
     lines = [*above.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-    above.legend(handles=lines, loc="lower center", ncols=2, frameon=False, fontsize=9)
+    above.legend(handles=lines, loc="center", ncols=2, frameon=False, fontsize=9)
     colours = dict(zip(KINDS, ("#2e7d32", "#9ccc65", "#e0a030", "#9e9e9e"), strict=True))
     for level, kind in enumerate(reversed(KINDS)):
         at = [row["request"] for row in rows if row["kind"] == kind]
