@@ -145,13 +145,6 @@ class Handle:
             calls = (graphs for steps in ways for graphs in self._graphs.all(checked, steps, batch_sizes))
             return Needed.of(self._dispatcher.binder, calls)
 
-    def compile_needed(
-        self, needed: Needed, pool: CompilePool | None = None, progress: Progress | None = None
-    ) -> PrecompileReport:
-        """Compiles what of these graphs is missing; see `accel_hidiff.compiling.needed.compile_needed`."""
-        with self._graphs.in_decoder_precision():
-            return compile_needed(self._dispatcher.binder, needed, progress, pool, self.blueprint)
-
     def to_compile(self, needed: Needed) -> dict[str, RegionGraph]:
         """What of these graphs the cache does not hold, by the digest of its key; nothing if the backend keeps none."""
         binder = self._dispatcher.binder

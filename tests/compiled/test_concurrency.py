@@ -147,13 +147,14 @@ class TestSharedWeights:
                 handle.remove()
 
 
-class TestOnePipelineObject:
-    @pytest.fixture
-    def handle(self, cache_dir: Path) -> Iterator[Any]:
-        handle = serve(models.build("sdxl", "text2img"), cache_dir)
-        yield handle
-        handle.remove()
+@pytest.fixture
+def handle(cache_dir: Path) -> Iterator[Any]:
+    handle = serve(models.build("sdxl", "text2img"), cache_dir)
+    yield handle
+    handle.remove()
 
+
+class TestOnePipelineObject:
     def test_a_second_request_is_refused_and_the_first_one_is_right(self, handle: Any, alone: Any) -> None:
         inside, go_on = threading.Event(), threading.Event()
 
@@ -203,12 +204,6 @@ class TestOnePipelineObject:
 
 class TestSharedModules:
     """Two pipelines over one UNet, VAE or scheduler object."""
-
-    @pytest.fixture
-    def handle(self, cache_dir: Path) -> Iterator[Any]:
-        handle = serve(models.build("sdxl", "text2img"), cache_dir)
-        yield handle
-        handle.remove()
 
     @staticmethod
     def other(handle: Any, **components: Any) -> Any:
