@@ -34,24 +34,40 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Looks at libraries, the compiler, devices and backends. Imports no optional compiler into this process."""
-    torch, compiler = _torch(), _compiler()
-    gpu = _gpu()
-    loads = torch.usable
-    compiles = torch.usable and compiler.usable
-    why = compiler.detail if torch.usable else torch.detail
+    torch = _torch()
     return [
         Finding("python", True, platform.python_version()),
         torch,
         _library("diffusers"),
-        compiler,
+        _compiler(),
         Finding("device cpu", True, f"{platform.machine()}, {os.cpu_count()} cores"),
-        gpu,
-        Finding("backend eager", torch.usable, "the reference" if torch.usable else torch.detail),
-        Finding("backend aot, serving", loads, "loads and runs cached artifacts" if loads else torch.detail),
-        Finding("backend aot, compiling", compiles, "compiles on the CPU" if compiles else f"cannot compile: {why}"),
-        Finding("backend inductor", compiles, "torch.compile" if compiles else f"cannot compile: {why}"),
-        _onediff(),
+        _gpu(),
+        examine_backend("eager"),
+        Finding(
+            "backend aot, serving", torch.usable, "loads and runs cached artifacts" if torch.usable else torch.detail
+        ),
+        examine_backend("aot"),
+        examine_backend("inductor"),
+        examine_backend("onediff"),
     ]
+
+
+def examine_backend(name: str) -> Finding:
+    """Whether a backend can compile and run here, and why not.
+
+    Args:
+        name: "eager", "inductor", "aot" or "onediff".
+    """
+    torch = _torch()
+    if name == "eager":
+        return Finding("backend eager", torch.usable, "the reference" if torch.usable else torch.detail)
+    if name == "onediff":
+        return _onediff()
+    compiler = _compiler()
+    part = f"backend {name}, compiling" if name == "aot" else f"backend {name}"
+    if not (torch.usable and compiler.usable):
+        return Finding(part, False, f"cannot compile: {compiler.detail if torch.usable else torch.detail}")
+    return Finding(part, True, "compiles on the CPU" if name == "aot" else "torch.compile")
 
 
 def _library(name: str) -> Finding:
