@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "HiDiffusionConfig": "config",
     "CFGPlusPlusConfig": "config",
+    "OneDiffConfig": "config",
     "Topology": "topology",
     "Phase": "schedule",
     "PhasePlan": "schedule",

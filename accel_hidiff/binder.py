@@ -279,8 +279,7 @@ class Binder:
                     if entry is None or isinstance(error, TimeoutError):
                         raise
                     raise ArtifactFailed(graph.region.path, key, error) from error  # it was compiled; it does not load
-                if entry is not None:
-                    self.stats.bindings += 1
-                elif not self.backend.persistent and self._bound[name] is not None:
-                    self.stats.compiles += 1
+                if (made := self._bound[name]) is not None:
+                    self.stats.bindings += not made.compiled
+                    self.stats.compiles += made.compiled
             return self._bound[name]

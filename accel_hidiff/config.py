@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from accel_hidiff.errors import BadInput
@@ -13,6 +15,9 @@ from accel_hidiff.errors import BadInput
 TASKS = ("text2img", "img2img", "inpaint", "controlnet", "controlnet_img2img")
 FAMILIES = ("sd15", "sdxl", "sdxl_turbo")
 WINDOW_SHIFTS = ("per_block", "per_step")
+ONEDIFF_COMPILERS = ("nexfort", "oneflow")
+MEMORY_FORMATS = ("channels_last", "contiguous")
+NEXFORT_MODE = "jit"
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,63 @@ class CFGPlusPlusConfig(_Config):
     def __post_init__(self) -> None:
         if self.scale is not None:
             check_lambda(self.scale)
+
+
+@dataclass(frozen=True)
+class OneDiffConfig(_Config):
+    """Backend "onediff": which of its compilers compiles, and how. docs/onediff.md tells what was verified where.
+
+    Args:
+        compiler: "nexfort", "oneflow"; None: nexfort where it works, else oneflow.
+        mode: of nexfort, passed through ("jit", "O3", "max-autotune:cache-all", ...); the default is the one that the
+            wheel on PyPI has all parts of.
+        options: of the compiler, passed through: nexfort's options by name ("jit.freezing"), or fields of onediff's
+            `OneflowCompileOptions`.
+        memory_format: of the convolutions' weights while the pipeline is accelerated, "channels_last" or "contiguous";
+            None: as they are.
+
+    Raises:
+        BadInput: another value, or an option that this backend sets itself.
+    """
+
+    compiler: str | None = None
+    mode: str = NEXFORT_MODE
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    memory_format: str | None = None
+
+    VERSION: ClassVar[int] = 1
+
+    # These decide which graph serves which call, and where it is kept: that is the compile cache's business.
+    _OURS: ClassVar[tuple[str, ...]] = (
+        "dynamic",
+        "use_graph",
+        "max_cached_graph_size",
+        "graph_file",
+        "graph_file_device",
+    )
+
+    def __post_init__(self) -> None:
+        if self.compiler is not None:
+            check_choice("onediff.compiler", self.compiler, ONEDIFF_COMPILERS)
+        if self.memory_format is not None:
+            check_choice("onediff.memory_format", self.memory_format, MEMORY_FORMATS)
+        if not isinstance(self.mode, str) or not re.fullmatch(r"[\w-]+(:[\w-]+)*", self.mode):
+            raise BadInput(f'onediff.mode: expected names joined by ":", such as "jit", got {self.mode!r}')
+        if self.mode != NEXFORT_MODE and self.compiler == "oneflow":
+            raise BadInput(
+                f"onediff.mode: expected none for oneflow, which has no modes, got {self.mode!r}; use options"
+            )
+        if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
+            raise BadInput(f"onediff.options: expected a mapping of option names, got {self.options!r}")
+        if ours := [name for name in self.options if name in self._OURS]:
+            raise BadInput(
+                f"onediff.options: expected none of {', '.join(self._OURS)}, got {ours[0]!r}; each graph has its own "
+                "callable for one size, and the compile cache keeps it"
+            )
+        try:
+            object.__setattr__(self, "options", json.loads(json.dumps(dict(self.options))))
+        except (TypeError, ValueError) as problem:
+            raise BadInput(f"onediff.options: expected values that JSON has, got {problem}") from None
 
 
 CFG_PER_LAMBDA = 12.5  # the CFG weight whose effect lambda = 1 has, by the authors' account

@@ -16,6 +16,9 @@ from typing import Any
 
 from packaging.version import Version
 
+from accel_hidiff.availability.onediff import try_compiler
+from accel_hidiff.config import ONEDIFF_COMPILERS
+
 TESTED_TORCH = ("2.11", "2.14")  # from, below
 
 
@@ -125,6 +128,5 @@ def _gpu() -> Finding:
 
 
 def _onediff() -> Finding:
-    missing = [name for name in ("onediff",) if importlib.util.find_spec(name) is None]
-    reason = "onediff is not installed; " if missing else ""
-    return Finding("backend onediff", False, f"{reason}this release has no onediff backend")
+    found = [try_compiler(compiler) for compiler in ONEDIFF_COMPILERS]
+    return Finding("backend onediff", any(each.usable for each in found), "; ".join(map(str, found)))

@@ -9,6 +9,7 @@ from accel_hidiff.config import HiDiffusionConfig
 from accel_hidiff.control import find_controlnets
 from accel_hidiff.dispatch import Dispatcher
 from accel_hidiff.errors import AccelHiDiffError
+from accel_hidiff.memory_format import ConvertedWeights
 from accel_hidiff.patching import Patch, install
 from accel_hidiff.regions import Region
 from accel_hidiff.served import ServedControlNet, ServedDecoder, ServedUNet
@@ -25,6 +26,7 @@ class Installed:
         dispatcher: serves their calls.
         config: HiDiffusion's settings.
         regions, family, task: as in `accelerate`.
+        memory_format: of the convolutions' weights, as in `OneDiffConfig`; None: as they are.
     """
 
     unet: ServedUNet
@@ -39,12 +41,15 @@ class Installed:
         regions: str,
         family: str | None,
         task: str | None,
+        memory_format: str | None = None,
     ) -> None:
         self._pipe = pipe
         self._dispatcher = dispatcher
         self._config = config
         self.regions_kind = regions
         self._told = family, task
+        self._memory_format = memory_format
+        self._converted: ConvertedWeights | None = None
         self._undo = UndoLog()
         self._vae: Any = None
 
@@ -61,10 +66,9 @@ class Installed:
         """
         pipe, dispatcher = self._pipe, self._dispatcher
         _require_own_vae(getattr(pipe, "vae", None))
+        found = find_controlnets(pipe)
         unet = ServedUNet(dispatcher, self.regions_kind)
-        nets = [
-            ServedControlNet(dispatcher, path, net, self.regions_kind) for path, net in find_controlnets(pipe).items()
-        ]
+        nets = [ServedControlNet(dispatcher, path, net, self.regions_kind) for path, net in found.items()]
 
         def region_layer(patch: Patch, undo: UndoLog) -> None:
             unet.install(patch, undo)
@@ -72,6 +76,9 @@ class Installed:
                 net.install(patch, undo)
 
         install(pipe, self._config, *self._told, region_layer)
+        if self._memory_format is not None:
+            models = pipe.unet, getattr(getattr(pipe, "vae", None), "decoder", None), *found.values()
+            self._converted = ConvertedWeights(models, self._memory_format)
         self.unet, self.controlnets, self.decoder = unet, nets, ServedDecoder(dispatcher)
         self._vae = getattr(pipe, "vae", None)
         if self._vae is not None and hasattr(self._vae, "decoder"):
@@ -103,6 +110,8 @@ class Installed:
         self.check_removable()
         self._undo.undo()
         self.patch.remove()
+        if self._converted is not None:
+            self._converted.undo()
 
     def _follow(self) -> bool:
         """At the begin of a request: takes over the models that the user has set since, if there are any."""

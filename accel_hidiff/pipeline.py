@@ -18,7 +18,7 @@ from accel_hidiff.compiling.background import Background
 from accel_hidiff.compiling.blueprint import Blueprint
 from accel_hidiff.compiling.needed import Needed, Progress, compile_needed
 from accel_hidiff.compiling.pool import CompilePool, default_pool
-from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_choice, check_pixels
+from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, OneDiffConfig, check_choice, check_pixels
 from accel_hidiff.dispatch import ON_MISS, Dispatcher
 from accel_hidiff.errors import BadInput
 from accel_hidiff.explain import ExplainRow, Explanation, PrecompileReport
@@ -182,8 +182,9 @@ class Handle:
             CompileFailed: something in the models cannot go to another process.
         """
         patch = self.patch
-        told = {"family": patch.family.name, "task": patch.task, "backend": self._dispatcher.binder.backend.name}
-        return Blueprint.of(self.pipe, config=patch.config, regions=self._installed.regions_kind, **told)
+        told = {"family": patch.family.name, "task": patch.task, "regions": self._installed.regions_kind}
+        backend = self._dispatcher.binder.backend.spec
+        return Blueprint.of(self.pipe, config=patch.config, backend=backend, **told)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until nothing that requests missed is queued or compiled in the background any more.
@@ -319,7 +320,7 @@ class Handle:
         if binder.backend.name == "eager":
             state = "eager"
         elif not binder.backend.persistent:
-            state = "loaded" if binder.is_bound(graphs[0][0]) else "compiles at start"
+            state = "loaded" if all(binder.is_bound(graph) for graph, _ in graphs) else "compiles at start"
         elif missing:
             assert binder.cache is not None
             state = f"missing {len(missing)} of {len(distinct)} artifacts"
@@ -349,7 +350,7 @@ def accelerate(
     hidiffusion: HiDiffusionConfig | None = None,
     guidance: CFGPlusPlusConfig | None = None,
     cache: CompileCache | str | os.PathLike[str] | None = None,
-    backend: str = "aot",
+    backend: str | OneDiffConfig = "aot",
     on_miss: str = "compile",
     regions: str = DEFAULT_REGIONS,
     shapes: str = DEFAULT_SHAPES,
@@ -364,14 +365,14 @@ def accelerate(
         hidiffusion: HiDiffusion's settings; None: the plain UNet, compiled.
         guidance: CFG++'s settings; None: the pipeline's own guidance. The UNet's graphs are the same with both.
         cache: a `CompileCache` or its directory; needed by backend "aot".
-        backend: "aot" (ahead of time, kept in the cache), "inductor" (`torch.compile`, compiled in every process) or
-            "eager" (nothing compiled; for comparison).
+        backend: "aot" (ahead of time, kept in the cache), "inductor" (`torch.compile`, compiled in every process),
+            "onediff" or an `OneDiffConfig` (see docs/onediff.md) or "eager" (nothing compiled; for comparison).
         on_miss: a graph is not in the cache: "compile" now; "background": run eager (or a graph of a wider range that
             is there) while another process compiles it, and take it up between two steps; run "eager"; or raise
             "error" (`GraphMiss`).
         regions: "blocks": the UNet's resnets and transformers, which share artifacts over blocks, phases and sizes;
             "whole": one artifact for the UNet in each topology.
-        shapes: "symbolic": one artifact for a range of sizes; "exact": one for each size.
+        shapes: "symbolic": one artifact for a range of sizes; "exact": one for each size, as always with "onediff".
         family, task: as in `apply_hidiffusion`.
         background: the pool that compiles under `on_miss="background"`; None: one worker that the whole process shares.
 
@@ -391,13 +392,13 @@ def accelerate(
     if owner is None:
         raise BadInput("pipe: expected a diffusers pipeline, got a bare UNet; accelerate the pipeline that holds it")
     if cache is None and chosen.persistent:
-        raise BadInput(f"cache: expected a CompileCache or a directory for backend {backend!r}, got None")
+        raise BadInput(f"cache: expected a CompileCache or a directory for backend {chosen.name!r}, got None")
     if cache is not None and not isinstance(cache, CompileCache):
         cache = CompileCache(cache)
     if on_miss == "background":
         if not chosen.persistent or cache is None:
             raise BadInput(
-                f'on_miss: expected "compile" or "eager" for backend {backend!r}, got "background"; it compiles in '
+                f'on_miss: expected "compile" or "eager" for backend {chosen.name!r}, got "background"; it compiles in '
                 "every process anew, so that no other one can do it"
             )
         cache.require_writable()
@@ -408,8 +409,10 @@ def accelerate(
             'regions: expected "blocks" for a UNet with added conditions other than SDXL\'s, '
             f'got "whole" and addition_embed_type {unet.config.addition_embed_type!r}'
         )
+    shapes = "exact" if chosen.smallest_symbolic is None else shapes
     dispatcher = Dispatcher(Binder(cache, chosen, shapes, Stats()), on_miss, _hint(cache))
-    installed = Installed(pipe, dispatcher, hidiffusion or _NO_HIDIFFUSION, regions, family, task)
+    memory_format = backend.memory_format if isinstance(backend, OneDiffConfig) else None
+    installed = Installed(pipe, dispatcher, hidiffusion or _NO_HIDIFFUSION, regions, family, task, memory_format)
     step = CompiledStep(dispatcher, unet.config.out_channels)
     guided = None if guidance is None else apply_cfgpp(pipe, config=guidance, stepper=step)
     try:

@@ -6,28 +6,53 @@ All share the small protocol `Backend`; `create_backend` makes one by name.
 from __future__ import annotations
 
 from accel_hidiff.backends.base import Backend, BoundRegion, Prepared
-from accel_hidiff.config import check_choice
+from accel_hidiff.config import ONEDIFF_COMPILERS, OneDiffConfig, check_choice
+from accel_hidiff.errors import BadInput
 
-BACKENDS = ("aot", "inductor", "eager")
+BACKENDS = ("aot", "inductor", "onediff", "eager")
 
 __all__ = ["BACKENDS", "Backend", "BoundRegion", "Prepared", "create_backend"]
 
 
-def create_backend(name: str) -> Backend:
-    """The backend of this name; modules are imported when they are asked for.
+def create_backend(spec: str | OneDiffConfig) -> Backend:
+    """The backend of this name, or of this configuration; modules are imported when they are asked for.
 
     Raises:
-        BadInput: an unknown name.
+        BadInput: an unknown name, or onediff does not work in this environment.
     """
-    check_choice("backend", name, BACKENDS)
-    if name == "aot":
+    if spec == "onediff":
+        spec = OneDiffConfig()
+    if isinstance(spec, OneDiffConfig):
+        return _onediff(spec)
+    check_choice("backend", spec, BACKENDS)
+    if spec == "aot":
         from accel_hidiff.backends.aot import AOTBackend
 
         return AOTBackend()
-    if name == "inductor":
+    if spec == "inductor":
         from accel_hidiff.backends.inductor import InductorBackend
 
         return InductorBackend()
     from accel_hidiff.backends.eager import EagerBackend
 
     return EagerBackend()
+
+
+def _onediff(config: OneDiffConfig) -> Backend:
+    from accel_hidiff.availability.onediff import try_compiler
+
+    found = []
+    for compiler in ONEDIFF_COMPILERS if config.compiler is None else (config.compiler,):
+        found.append(try_compiler(compiler, config.mode, config.options))
+        if found[-1].usable:
+            break
+    else:
+        told = "; ".join(map(str, found))
+        raise BadInput(f"backend: expected one that works here, got {told}; use backend='inductor' or 'aot'")
+    if found[-1].compiler == "nexfort":
+        from accel_hidiff.backends.nexfort import NexfortBackend
+
+        return NexfortBackend(config)
+    from accel_hidiff.backends.oneflow import OneflowBackend
+
+    return OneflowBackend(config)

@@ -54,7 +54,8 @@ _GRAPH_SOURCES = (
 class AOTBackend:
     """Export with `torch.export`, compile with AOTInductor, load without a compiler."""
 
-    name = "aot"
+    name = spec = "aot"
+    shares = True
     smallest_symbolic = 1
     persistent = True
 

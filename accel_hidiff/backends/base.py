@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from accel_hidiff.call import RegionCall
+from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.regions import RegionGraph
 from compile_cache import CompileCache, Entry, ShapeBucket
 
@@ -20,10 +21,12 @@ class BoundRegion:
     Attributes:
         call: takes the region's input tensors, returns its output tensor.
         bucket: the sizes that it may be fed with, as the compiler guarantees them.
+        compiled: it was compiled for this; False: it was there.
     """
 
     call: RegionCall
     bucket: ShapeBucket
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,16 @@ class Backend(Protocol):
     persistent: bool
     """True: `prepare` stores artifacts in the compile cache and `bind` needs one; False: `bind` compiles by itself."""
 
-    smallest_symbolic: int
-    """The smallest size that stays symbolic in a compiled graph."""
+    shares: bool
+    """True: one compilation serves all regions whose graphs are equal."""
+
+    @property
+    def spec(self) -> str | OneDiffConfig:
+        """What `create_backend` takes to make another one."""
+
+    @property
+    def smallest_symbolic(self) -> int | None:
+        """The smallest size that stays symbolic in a compiled graph; None: every size is exact."""
 
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         """Everything that an artifact depends on besides its region: environment, versions, every compile option."""

@@ -16,7 +16,8 @@ from compile_cache import CompileCache, Entry, ShapeBucket
 class EagerBackend:
     """Runs every region eager; guard, phases and dispatch stay the same, for comparison."""
 
-    name = "eager"
+    name = spec = "eager"
+    shares = False
     smallest_symbolic = 1
     persistent = False
 

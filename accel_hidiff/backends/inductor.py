@@ -22,7 +22,8 @@ class InductorBackend:
     object of its own, and no two graphs share a limit.
     """
 
-    name = "inductor"
+    name = spec = "inductor"
+    shares = False
     smallest_symbolic = 2  # Dynamo takes 0 and 1 for constants
     persistent = False
 
@@ -50,7 +51,7 @@ class InductorBackend:
                 run(*graph.example())
         except Exception as problem:
             raise CompileFailed(f"{graph.region.path}: torch.compile failed: {_first_line(problem)}") from problem
-        return BoundRegion(run, graph.bucket)
+        return BoundRegion(run, graph.bucket, compiled=True)
 
 
 def _all_exact(graph: RegionGraph) -> bool:

@@ -20,7 +20,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from accel_hidiff.config import HiDiffusionConfig
+from accel_hidiff.config import HiDiffusionConfig, OneDiffConfig
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import Region, RegionGraph
 from accel_hidiff.undo import is_installed
@@ -62,11 +62,18 @@ class Blueprint:
     regions: str
     family: str
     task: str
-    backend: str
+    backend: str | OneDiffConfig
 
     @classmethod
     def of(
-        cls, pipe: Any, *, config: HiDiffusionConfig, regions: str, family: str, task: str, backend: str
+        cls,
+        pipe: Any,
+        *,
+        config: HiDiffusionConfig,
+        regions: str,
+        family: str,
+        task: str,
+        backend: str | OneDiffConfig,
     ) -> Blueprint:
         """The blueprint of a pipeline; what is patched in it stays as it is.
 

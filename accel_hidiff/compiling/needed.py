@@ -24,7 +24,8 @@ class Needed:
 
     Attributes:
         calls: of each kind of call.
-        distinct: by the digest of their key (by region, where a backend keeps nothing).
+        distinct: those that take a compilation each, by the digest of their key (and by their region, where a backend
+            compiles equal regions one by one).
     """
 
     calls: Sequence[Graphs]
@@ -38,7 +39,8 @@ class Needed:
         for graphs in calls:
             names = []
             for graph, sizes in graphs:
-                name = binder.key(graph).digest if binder.backend.persistent else graph.region.path
+                digest = binder.key(graph).digest
+                name = digest if binder.backend.shares else f"{graph.region.path} {digest}"
                 names += [graph.region.path, name, str(sorted(sizes.items()))]
                 distinct.setdefault(name, graph)
             kinds.setdefault(tuple(names), graphs)

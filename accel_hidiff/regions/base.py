@@ -167,16 +167,18 @@ class RegionGraph:
         return self.region.example(self.traits, self.example_sizes, self.dtype, self.device)
 
 
-def bucket_of(region: Region, traits: Mapping[str, Any], sizes: Sizes, shapes: str, smallest: int = 1) -> ShapeBucket:
+def bucket_of(
+    region: Region, traits: Mapping[str, Any], sizes: Sizes, shapes: str, smallest: int | None = 1
+) -> ShapeBucket:
     """The one bucket that a call falls into.
 
     Args:
-        smallest: the smallest size that the compiler keeps symbolic; below, sizes are exact.
+        smallest: the smallest size that the compiler keeps symbolic; below, sizes are exact. None: all are.
         shapes: "symbolic": each dimension takes its widest range where its size is inside, its exact size elsewhere
             (odd feature maps under window attention); "exact": every dimension exact.
     """
-    widest = region.ranges(traits) if shapes == "symbolic" else {}
-    ranges = {name: Range(max(r.minimum, smallest), r.maximum, r.multiple) for name, r in widest.items()}
+    widest = region.ranges(traits) if shapes == "symbolic" and smallest is not None else {}
+    ranges = {name: Range(max(r.minimum, smallest or 1), r.maximum, r.multiple) for name, r in widest.items()}
     return ShapeBucket(
         {
             name: ranges[name] if name in ranges and ranges[name].reject(size) is None else Range.exactly(size)

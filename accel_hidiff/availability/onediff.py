@@ -1,0 +1,151 @@
+"""Whether onediff and one of its compilers work in this environment: tried once in another process, and remembered.
+
+Nothing of onediff, oneflow or nexfort is imported into this process: a compiler that does not fit its torch can end the
+process, and oneflow changes what `import torch` means to others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from accel_hidiff.availability import trial
+from accel_hidiff.config import NEXFORT_MODE, ONEDIFF_COMPILERS
+
+_PACKAGES: Final = ("torch", "triton", "diffusers", "transformers", "huggingface-hub", "numpy", "onediff", "onediffx")
+_VARIABLES: Final = ("NEXFORT_", "ONEFLOW_", "ONEDIFF_", "TORCH", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+_SECONDS: Final = 300.0
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Of one compiler.
+
+    Attributes:
+        compiler: "nexfort" or "oneflow".
+        usable: it compiled a module here, and the module computed what eager computes.
+        reason: why not, in one line; empty where it is usable.
+    """
+
+    compiler: str
+    usable: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"onediff/{self.compiler}: {'usable' if self.usable else f'unavailable: {self.reason}'}"
+
+
+def try_compiler(
+    compiler: str,
+    mode: str = NEXFORT_MODE,
+    options: Mapping[str, Any] | None = None,
+    *,
+    anew: bool = False,
+    seconds: float = _SECONDS,
+) -> Availability:
+    """Has a process compile one small module, unless this environment was tried before.
+
+    Args:
+        compiler: "nexfort" or "oneflow".
+        mode, options: of the compiler, as in `OneDiffConfig`.
+        anew: forget what was found before.
+        seconds: after which the trial is stopped.
+
+    What was found is kept in `$XDG_CACHE_HOME/accel_hidiff` (`~/.cache/accel_hidiff`), under a key of everything that
+    it depends on: versions and builds of the packages, interpreter, device, environment variables, mode and options.
+    What a trial that was stopped or killed found is not kept.
+    """
+    asked = json.dumps({"compiler": compiler, "mode": mode, "options": dict(options or {})}, sort_keys=True)
+    if not _installed("onediff"):  # the usual case, and no reason to start anything
+        return Availability(compiler, False, "onediff is not installed: see docs/onediff.md")
+    place = _memory() / f"onediff-{_environment(asked)}.json"
+    if not anew and (known := _recalled(place)) is not None:
+        return known
+    found, lasting = _tried(compiler, asked, seconds)
+    if lasting:
+        _remember(place, found)
+    return found
+
+
+def _tried(compiler: str, asked: str, seconds: float) -> tuple[Availability, bool]:
+    """What a process found, and whether it would find the same again."""
+    # By its file and without the file's folder on the path; this process's own path, so that both import the same.
+    command = [sys.executable, "-P", str(Path(trial.__file__)), asked]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads could fill up
+        try:
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            reason = f"the trial did not end in {seconds:g} s and was stopped; run it again on a quieter machine"
+            return Availability(compiler, False, reason), False
+        lines = done.stdout.strip().splitlines()
+        if done.returncode == 0 and lines:
+            with suppress(ValueError, KeyError):
+                answer = json.loads(lines[-1])
+                return Availability(compiler, bool(answer["usable"]), str(answer["reason"])), True
+        errors.seek(0)
+        said = [line.strip() for line in errors.read().splitlines() if line.strip()]
+    ended = f"signal {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"code {done.returncode}"
+    told = f": {said[-1][:300]}" if said else ""
+    return Availability(compiler, False, f"the trial ended with {ended}{told}"), False
+
+
+def _installed(package: str) -> bool:
+    with suppress(metadata.PackageNotFoundError):
+        metadata.version(package)
+        return True
+    return False
+
+
+def _environment(asked: str) -> str:
+    """SHA-256 over everything that the outcome depends on."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    builds = {package: _build(package) for package in (*_PACKAGES, *ONEDIFF_COMPILERS)}
+    source = hashlib.sha256(Path(trial.__file__).read_bytes()).hexdigest()
+    facts = [asked, source, sys.executable, sys.version, platform.platform(), Path("/dev/nvidiactl").exists()]
+    return hashlib.sha256(json.dumps([facts, builds, variables], sort_keys=True).encode()).hexdigest()
+
+
+def _build(package: str) -> str | None:
+    """Version of a package and digest of what was installed; None where it is not."""
+    try:
+        found = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return None
+    record = found.read_text("RECORD") or found.read_text("METADATA") or ""
+    return f"{found.version} {hashlib.sha256(record.encode()).hexdigest()}"
+
+
+def _memory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accel_hidiff"
+
+
+def _recalled(place: Path) -> Availability | None:
+    with suppress(OSError, ValueError, TypeError):
+        return Availability(**json.loads(place.read_text(encoding="utf-8")))
+    return None
+
+
+def _remember(place: Path, found: Availability) -> None:
+    partial = place.with_suffix(f".{os.getpid()}.part")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(vars(found)), encoding="utf-8")
+        partial.replace(place)
+    except OSError:  # without a place to write to, it is tried again next time
+        with suppress(OSError):
+            partial.unlink()

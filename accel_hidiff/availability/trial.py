@@ -1,0 +1,130 @@
+"""Tries one of onediff's compilers for real: imports, symbols, and a module that is compiled and compared with eager.
+
+Runs in a process of its own, started by file name: it imports nothing of this package. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from importlib import import_module, metadata
+from typing import Any, Final
+
+# What onediff 1.2.0 calls and releases of oneflow on PyPI do not have.
+ONEFLOW_SYMBOLS: Final = (
+    "framework.args_tree.ArgsTree",
+    "mock_torch.mock_importer",
+    "mock_torch.enable",
+    "nn.Graph.with_dynamic_input_shape",
+    "nn.Graph.runtime_state_dict",
+    "nn.Graph.load_runtime_state_dict",
+    "utils.tensor.to_torch",
+)
+_LIMIT: Final = 1e-3  # max|compiled - eager| / max|eager|
+
+
+class Unavailable(Exception):
+    """Why it cannot be used, in one line."""
+
+
+def attempt(compiler: str, mode: str, options: Mapping[str, Any]) -> None:
+    """Raises `Unavailable` unless the compiler compiles and runs a module."""
+    for name in ("torch", "diffusers", "onediff"):  # diffusers first: onediff looks at what is imported already
+        _imported(name)
+    compile_ = _attribute(_imported("onediff.infer_compiler"), "compile", "onediff")
+    import torch
+    from torch import nn
+
+    _imported(compiler)
+    if compiler == "oneflow":
+        lacking = [name for name in ONEFLOW_SYMBOLS if not _has("oneflow", name)]
+        if lacking:
+            raise Unavailable(f"{_named('oneflow')} lacks {lacking[0]}; needs a build for onediff")
+        given: Any = import_module("onediff.infer_compiler").OneflowCompileOptions(dynamic=False, **options)
+    else:
+        given = {"mode": mode, "dynamic": False, "fullgraph": True, "options": dict(options)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU()).to(device).eval()
+    image = torch.randn(2, 4, 8, 12, device=device)
+    with torch.no_grad():
+        want = module(image)
+        try:
+            got = compile_(module, backend=compiler, options=given)(image)
+        except Exception as problem:
+            asked = f"mode {mode!r}" if compiler == "nexfort" else f"options {dict(options)!r}"
+            raise Unavailable(f"{_named(compiler)} cannot compile a module with {asked}: {_line(problem)}") from problem
+        error = float((got - want).abs().max() / want.abs().max())
+    if not error < _LIMIT:
+        raise Unavailable(f"{_named(compiler)} computes something else than eager: relative difference {error:.1e}")
+    if compiler == "nexfort" and not _compiled_graphs():
+        raise Unavailable(
+            f"{_named(compiler)} ran the module eager; look for TORCHDYNAMO_DISABLE, TORCH_COMPILE_DISABLE or "
+            "onediff's fallback_to_eager, of which False means eager"
+        )
+
+
+def _imported(name: str) -> Any:
+    package = name.split(".", maxsplit=1)[0]
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as problem:
+        if problem.name == package:
+            raise Unavailable(f"{package} is not installed") from problem
+        raise Unavailable(f"{_named(package)} does not import: {_line(problem)}") from problem
+    except Exception as problem:
+        raise Unavailable(f"{_named(package)} does not import: {_line(problem)}") from problem
+
+
+def _attribute(module: Any, name: str, package: str) -> Any:
+    if not hasattr(module, name):
+        raise Unavailable(f"{_named(package)} lacks {module.__name__.partition('.')[2]}.{name}; needs onediff 1.2")
+    return getattr(module, name)
+
+
+def _has(package: str, path: str) -> bool:
+    found = import_module(package)
+    walked = package
+    for part in path.split("."):
+        walked = f"{walked}.{part}"
+        try:
+            found = getattr(found, part) if hasattr(found, part) else import_module(walked)
+        except ImportError:
+            return False
+    return True
+
+
+def _compiled_graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _named(package: str) -> str:
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return package
+
+
+def _line(problem: BaseException) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    # Dynamo puts "backend='nexfort' raised:" on a line of its own, and the cause below.
+    chosen = lines[1] if len(lines) > 1 and lines[0].endswith("raised:") else (lines[0] if lines else "")
+    named = chosen.startswith(type(problem).__name__) or (len(lines) > 1 and chosen is lines[1])
+    return chosen[:300] if named else f"{type(problem).__name__}: {chosen[:300]}"
+
+
+def main() -> None:
+    """The arguments are one JSON object: compiler, mode, options."""
+    asked = json.loads(sys.argv[1])
+    try:
+        attempt(asked["compiler"], asked["mode"], asked["options"])
+        answer = {"usable": True, "reason": ""}
+    except Unavailable as unavailable:
+        answer = {"usable": False, "reason": str(unavailable)}
+    print(json.dumps(answer), file=sys.__stdout__, flush=True)
+
+
+if __name__ == "__main__":
+    main()

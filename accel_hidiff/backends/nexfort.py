@@ -1,0 +1,177 @@
+"""onediff with nexfort: one program for each graph, owned here, over weights that are inputs.
+
+onediff's own wrapper calls a program through Dynamo, whose guards (thread count, inference mode, deterministic
+algorithms, ...) compile again in the middle of a request when one of them changes, without a limit. So the program is
+taken over from the compiler as it is made, and called as it is: what fits a graph is decided by this package's guard.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, Final
+
+import diffusers  # noqa: F401 - before onediff, which looks at what is imported already
+import torch
+from torch import Tensor, fx
+
+import accel_hidiff
+from accel_hidiff.backends.base import BoundRegion, Prepared
+from accel_hidiff.backends.functional import FunctionalGraph, first_line, named_weights, trace
+from accel_hidiff.config import OneDiffConfig
+from accel_hidiff.errors import CompileFailed
+from accel_hidiff.regions import RegionGraph
+from compile_cache import CompileCache, Entry, ShapeBucket
+from compile_cache.environment import environment_factors
+
+_MAX_PROGRAMS: Final = 1024
+_WARM_CALLS: Final = 3  # TorchScript watches the first calls and then optimizes: not in a request
+_ERROR_LIMIT: Final = {torch.float32: 1e-3, torch.float64: 1e-6}  # max|compiled - eager| / max|eager|
+_ERROR_LIMIT_HALF: Final = 5e-2
+
+Run = Callable[..., Any]
+
+
+class NexfortBackend:
+    """Compiles in the process that runs the graphs; nothing persists.
+
+    Args:
+        config: mode and options; the compiler is nexfort, whatever it says.
+    """
+
+    name = "onediff"
+    smallest_symbolic = None
+    persistent = False
+    shares = True
+
+    def __init__(self, config: OneDiffConfig) -> None:
+        self.spec = config
+        self.mode = config.mode
+        self._programs: OrderedDict[str, _Program] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def factors(self, device: torch.device) -> Mapping[str, Any]:
+        return {
+            "backend": self.name,
+            "compiler": "nexfort",
+            "mode": self.mode,
+            "options": dict(self.spec.options),
+            "environment": environment_factors(device.type),
+            "versions": {name: metadata.version(name) for name in ("onediff", "nexfort", "diffusers")},
+            "accel_hidiff": accel_hidiff.__version__,
+        }
+
+    def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
+        raise CompileFailed("nexfort stores nothing; use backend='aot' to fill a cache")
+
+    def served(self, entry: Entry) -> ShapeBucket:
+        raise CompileFailed("nexfort has no artifacts")
+
+    def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
+        """The program of this graph over the region's weights; compiled now if no equal region had it before."""
+        digest = graph.key(self.factors(graph.device)).digest
+        with self._lock:
+            program = self._programs.get(digest)
+            compiled = program is None
+            if program is None:
+                program = self._programs[digest] = self._compile(graph)
+            self._programs.move_to_end(digest)
+            while len(self._programs) > _MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+        names, weights = named_weights(graph.region.graph_module(graph.traits))
+        if names != program.names:
+            raise CompileFailed(
+                f"{graph.region.path}: expected the weights of an equal region, its names are others; report this"
+            )
+        return BoundRegion(program.over(weights), graph.bucket, compiled)
+
+    def _compile(self, graph: RegionGraph) -> _Program:
+        traced = trace(graph)
+        weights = named_weights(graph.region.graph_module(graph.traits))[1]
+        program = self._adopted(graph, traced, weights)
+        call = program.over(weights)
+        with torch.no_grad():
+            want = _tensors(traced.module(weights, *traced.inputs))
+            for _ in range(_WARM_CALLS):
+                got = _tensors(call(*traced.inputs))
+        error = max((_difference(one, other) for one, other in zip(got, want, strict=False)), default=0.0)
+        limit = _ERROR_LIMIT.get(graph.dtype, _ERROR_LIMIT_HALF)
+        if [tensor.shape for tensor in got] != [tensor.shape for tensor in want] or not error < limit:
+            raise CompileFailed(
+                f"{graph.region.path}: nexfort ({self.mode}) computes something else than eager: relative difference "
+                f"{error:.1e}, expected below {limit:g}; try another mode, or backend='inductor'"
+            )
+        return program
+
+    def _adopted(self, graph: RegionGraph, traced: FunctionalGraph, weights: Sequence[Tensor]) -> _Program:
+        """Compiles through onediff, and takes the program over."""
+        from onediff.infer_compiler import compile as onediff_compile
+
+        made: list[tuple[Run, Sequence[Tensor]]] = []
+
+        def adopt(module: fx.GraphModule, examples: Sequence[Tensor], **options: Any) -> Run:
+            run: Run = torch._dynamo.lookup_backend("nexfort")(module, list(examples), **options)
+            made.append((run, examples))
+            return run
+
+        given: dict[str, Any] = {"mode": self.mode, "dynamic": False, "fullgraph": True, "backend": adopt}
+        if self.spec.options:
+            given["options"] = dict(self.spec.options)
+        flat = [*weights, *traced.inputs]
+        try:
+            with torch.no_grad():
+                onediff_compile(traced.module, backend="nexfort", options=given)(list(weights), *traced.inputs)
+        except Exception as problem:
+            raise CompileFailed(
+                f"{graph.region.path}: nexfort ({self.mode}) failed: {first_line(problem)}; "
+                "`accel-hidiff doctor` tells whether it works here at all"
+            ) from problem
+        if len(made) != 1:
+            raise CompileFailed(
+                f"{graph.region.path}: expected nexfort to compile one graph, it compiled {len(made)}; look for "
+                "TORCHDYNAMO_DISABLE, TORCH_COMPILE_DISABLE or onediff's fallback_to_eager, of which False means eager"
+            )
+        run, examples = made[0]
+        where = {id(tensor): position for position, tensor in enumerate(flat)}
+        order = [where.get(id(tensor), -1) for tensor in examples]
+        if -1 in order:
+            raise CompileFailed(f"{graph.region.path}: nexfort's program takes an input that is none of the region's")
+        return _Program(run, order, traced)
+
+
+class _Program:
+    """A compiled graph: `order` says which of (weights, inputs) each of its arguments is."""
+
+    def __init__(self, run: Run, order: Sequence[int], traced: FunctionalGraph) -> None:
+        self.names = traced.names
+        self._run = run
+        self._order = order
+        self._single = traced.outputs == 1
+
+    def over(self, weights: Sequence[Tensor]) -> Run:
+        """A call that takes the region's inputs."""
+        run, count, single = self._run, len(self.names), self._single
+        arguments: list[Any] = [weights[index] if index < count else None for index in self._order]
+        holes = [(place, index - count) for place, index in enumerate(self._order) if index >= count]
+
+        def call(*inputs: Tensor) -> Any:
+            filled = arguments.copy()
+            for place, index in holes:
+                filled[place] = inputs[index]
+            out = run(*filled)
+            return out[0] if single else tuple(out)
+
+        return call
+
+
+def _tensors(out: Any) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def _difference(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    scale = want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
+    return float(((got - want).abs().max() / scale).float())
