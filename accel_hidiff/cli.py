@@ -38,7 +38,7 @@ Sizes = Annotated[
 ]
 Steps = Annotated[int, typer.Option("--steps", help="Denoising steps of a request.")]
 CacheDir = Annotated[Path, typer.Option("--cache", help="Directory of the compile cache.")]
-Backend = Annotated[str, typer.Option(help="aot, inductor or eager.")]
+Backend = Annotated[str, typer.Option(help="aot, inductor, onediff or eager.")]
 Regions = Annotated[str, typer.Option(help="blocks or whole.")]
 Shapes = Annotated[str, typer.Option(help="symbolic or exact.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")]

@@ -23,7 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from accel_hidiff.config import FAMILIES, TASKS, CFGPlusPlusConfig, check_choice, check_pixels, check_steps
+from accel_hidiff.config import (
+    FAMILIES,
+    TASKS,
+    CFGPlusPlusConfig,
+    OneDiffConfig,
+    check_choice,
+    check_pixels,
+    check_steps,
+)
 from accel_hidiff.errors import BadInput
 from accel_hidiff.schedule import running_steps
 from compile_cache import ShapeBuckets
@@ -118,6 +126,7 @@ class ModelTable:
         scheduler: class name of a diffusers scheduler to use in place of the model's own; None: its own.
         cfgpp: lambda of CFG++, 0..1; None: the pipeline's own guidance.
         backend, regions, shapes: as in `accelerate`.
+        onediff: a table with the fields of `OneDiffConfig`, for backend "onediff".
         dtype, device: as in `load_pipeline`.
         on_miss: "background", "eager" or "error": what `serve` does for a size that is not compiled.
     """
@@ -135,6 +144,7 @@ class ModelTable:
     scheduler: str | None = None
     cfgpp: float | None = None
     backend: str = "aot"
+    onediff: OneDiffConfig | None = None
     regions: str = "blocks"
     shapes: str = "symbolic"
     dtype: str | None = None
@@ -151,9 +161,11 @@ class ModelTable:
         for option, allowed in (("family", FAMILIES), ("task", TASKS), ("dtype", ("float32", "float16", "bfloat16"))):
             if getattr(self, option) is not None:
                 check_choice(f"models.{option}", getattr(self, option), allowed)
-        if self.backend == "onediff":
-            raise BadInput('models.backend: expected "aot", got "onediff", which this release does not have; use "aot"')
-        check_choice("models.backend", self.backend, ("aot", "inductor", "eager"))
+        check_choice("models.backend", self.backend, ("aot", "inductor", "onediff", "eager"))
+        if self.onediff is not None and not isinstance(self.onediff, OneDiffConfig):
+            raise BadInput(f'models.onediff: expected a table such as {{mode = "jit"}}, got {self.onediff!r}')
+        if self.onediff is not None and self.backend != "onediff":
+            raise BadInput(f'models.onediff: expected it with backend = "onediff" alone, got {self.backend!r}')
         check_choice("models.regions", self.regions, ("blocks", "whole"))
         check_choice("models.shapes", self.shapes, ("symbolic", "exact"))
         check_choice("models.on_miss", self.on_miss, SERVICE_ON_MISS)
@@ -175,6 +187,11 @@ class ModelTable:
             CFGPlusPlusConfig(self.cfgpp)
         if not self.pixel_sizes():
             raise BadInput(f"models.sizes: expected at least one size for {self.name}, got none; or aspect_ratios")
+
+    @property
+    def backend_spec(self) -> str | OneDiffConfig:
+        """As `accelerate` takes it."""
+        return self.onediff or self.backend
 
     def pixel_sizes(self) -> list[tuple[int, int]]:
         """Every (height, width) in pixels, in order, each once.
@@ -324,8 +341,9 @@ def _table(kind: type[Any], name: str, data: Any) -> Any:
     if missing := [key for key in required if key not in data]:
         raise BadInput(f"{name}.{missing[0]}: expected a value, got none; it has no default")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    if isinstance(values.get("aspect_ratios"), Mapping):
-        values["aspect_ratios"] = _table(AspectRatios, f"{name}.aspect_ratios", values["aspect_ratios"])
+    for inner, inner_kind in (("aspect_ratios", AspectRatios), ("onediff", OneDiffConfig)):
+        if isinstance(values.get(inner), Mapping):
+            values[inner] = _table(inner_kind, f"{name}.{inner}", values[inner])
     return kind(**values)
 
 

@@ -57,7 +57,7 @@ def open_deployed_model(
         hidiffusion=HiDiffusionConfig(),
         guidance=None if model.cfgpp is None else CFGPlusPlusConfig(model.cfgpp),
         cache=cache,
-        backend=model.backend,
+        backend=model.backend_spec,
         on_miss=on_miss,
         regions=model.regions,
         shapes=model.shapes,

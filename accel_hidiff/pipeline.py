@@ -86,6 +86,11 @@ class Handle:
         return self._dispatcher.binder.stats
 
     @property
+    def keeps_artifacts(self) -> bool:
+        """Whether what its backend compiles goes into the cache, for other processes."""
+        return self._dispatcher.binder.backend.persistent
+
+    @property
     def cache(self) -> CompileCache | None:
         """The compile cache."""
         return self._dispatcher.binder.cache

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from accel_hidiff.availability import trial
+from accel_hidiff.availability import nexfort_wheel, trial
 from accel_hidiff.config import NEXFORT_MODE, ONEDIFF_COMPILERS
 
 _PACKAGES: Final = ("torch", "triton", "diffusers", "transformers", "huggingface-hub", "numpy", "onediff", "onediffx")
@@ -81,9 +81,9 @@ def try_compiler(
 
 def _tried(compiler: str, asked: str, seconds: float) -> tuple[Availability, bool]:
     """What a process found, and whether it would find the same again."""
-    # By its file and without the file's folder on the path; this process's own path, so that both import the same.
-    command = [sys.executable, "-P", str(Path(trial.__file__)), asked]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-P", "-m", trial.__name__, asked]
+    # This process's own path, so that both import the same.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads could fill up
         try:
             done = subprocess.run(
@@ -115,7 +115,8 @@ def _environment(asked: str) -> str:
     """SHA-256 over everything that the outcome depends on."""
     variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
     builds = {package: _build(package) for package in (*_PACKAGES, *ONEDIFF_COMPILERS)}
-    source = hashlib.sha256(Path(trial.__file__).read_bytes()).hexdigest()
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (trial, nexfort_wheel))
+    source = hashlib.sha256(sources).hexdigest()
     facts = [asked, source, sys.executable, sys.version, platform.platform(), Path("/dev/nvidiactl").exists()]
     return hashlib.sha256(json.dumps([facts, builds, variables], sort_keys=True).encode()).hexdigest()
 

@@ -1,15 +1,19 @@
 """Tries one of onediff's compilers for real: imports, symbols, and a module that is compiled and compared with eager.
 
-Runs in a process of its own, started by file name: it imports nothing of this package. Prints one JSON line.
+Runs in a process of its own: `python -m accel_hidiff.availability.trial JSON`. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from importlib import import_module, metadata
+from types import TracebackType
 from typing import Any, Final
+
+from accel_hidiff.availability import nexfort_wheel
 
 # What onediff 1.2.0 calls and releases of oneflow on PyPI do not have.
 ONEFLOW_SYMBOLS: Final = (
@@ -37,6 +41,8 @@ def attempt(compiler: str, mode: str, options: Mapping[str, Any]) -> None:
     from torch import nn
 
     _imported(compiler)
+    if compiler == "nexfort":
+        nexfort_wheel.repair()
     if compiler == "oneflow":
         lacking = [name for name in ONEFLOW_SYMBOLS if not _has("oneflow", name)]
         if lacking:
@@ -68,12 +74,30 @@ def _imported(name: str) -> Any:
     package = name.split(".", maxsplit=1)[0]
     try:
         return import_module(name)
-    except ModuleNotFoundError as problem:
-        if problem.name == package:
-            raise Unavailable(f"{package} is not installed") from problem
-        raise Unavailable(f"{_named(package)} does not import: {_line(problem)}") from problem
     except Exception as problem:
-        raise Unavailable(f"{_named(package)} does not import: {_line(problem)}") from problem
+        if isinstance(problem, ModuleNotFoundError) and problem.name == package:
+            raise Unavailable(f"{package} is not installed") from problem
+        # Others import a compiler by themselves: a module of nexfort's wheel passes for triton.
+        guilty = next((name for name in ("nexfort", "oneflow") if _is_in(problem.__traceback__, name)), package)
+        raise Unavailable(f"{_named(guilty)} {_import_error(problem)}") from problem
+
+
+def _is_in(trace: TracebackType | None, package: str) -> bool:
+    """Whether an error came out of a package."""
+    while trace is not None:
+        if str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0] == package:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _import_error(problem: Exception) -> str:
+    if versions := re.findall(r"\((torch|triton)==([^)]+)\)", str(problem)):  # what nexfort says of itself
+        (library, built), (_, found) = versions[0], versions[-1]
+        return f"was built for {library} {built}, this environment has {found}"
+    if "undefined symbol" in str(problem):
+        return f"was built for another torch than {metadata.version('torch')}: {_line(problem)}"
+    return f"does not import: {_line(problem)}"
 
 
 def _attribute(module: Any, name: str, package: str) -> Any:

@@ -8,9 +8,11 @@ taken over from the compiler as it is made, and called as it is: what fits a gra
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
 import diffusers  # noqa: F401 - before onediff, which looks at what is imported already
@@ -18,14 +20,17 @@ import torch
 from torch import Tensor, fx
 
 import accel_hidiff
+from accel_hidiff.availability import nexfort_wheel
 from accel_hidiff.backends.base import BoundRegion, Prepared
 from accel_hidiff.backends.functional import FunctionalGraph, first_line, named_weights, trace
+from accel_hidiff.backends.inductor_files import inductor_files, libraries
 from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
 from compile_cache import CompileCache, Entry, ShapeBucket
 from compile_cache.environment import environment_factors
 
+_FOLDER: Final = "inductor"
 _MAX_PROGRAMS: Final = 1024
 _WARM_CALLS: Final = 3  # TorchScript watches the first calls and then optimizes: not in a request
 _ERROR_LIMIT: Final = {torch.float32: 1e-3, torch.float64: 1e-6}  # max|compiled - eager| / max|eager|
@@ -35,7 +40,11 @@ Run = Callable[..., Any]
 
 
 class NexfortBackend:
-    """Compiles in the process that runs the graphs; nothing persists.
+    """Compiles through onediff; what persists is what the mode leaves in files.
+
+    Mode "jit" makes TorchScript in memory, which every process makes anew. All other modes compile with Inductor, whose
+    files are stored in the compile cache under the graph's key; a process that finds them traces each graph, and
+    compiles nothing.
 
     Args:
         config: mode and options; the compiler is nexfort, whatever it says.
@@ -43,14 +52,15 @@ class NexfortBackend:
 
     name = "onediff"
     smallest_symbolic = None
-    persistent = False
     shares = True
 
     def __init__(self, config: OneDiffConfig) -> None:
         self.spec = config
         self.mode = config.mode
+        self.persistent = "jit" not in config.mode.split(":")
+        nexfort_wheel.repair()
         self._programs: OrderedDict[str, _Program] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         return {
@@ -61,31 +71,71 @@ class NexfortBackend:
             "environment": environment_factors(device.type),
             "versions": {name: metadata.version(name) for name in ("onediff", "nexfort", "diffusers")},
             "accel_hidiff": accel_hidiff.__version__,
+            "torch folder": str(Path(torch.__file__).parent),  # a part of the command lines that name Inductor's files
         }
 
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
-        raise CompileFailed("nexfort stores nothing; use backend='aot' to fill a cache")
+        if not self.persistent:
+            raise CompileFailed('nexfort\'s mode "jit" leaves nothing to store; use another mode, or backend="aot"')
+        start = time.perf_counter()
+        key = graph.key(self.factors(graph.device))
+        compiled = False
+
+        def build(directory: Path) -> Mapping[str, Any]:
+            nonlocal compiled
+            compiled = True
+            folder = directory / _FOLDER
+            folder.mkdir()
+            with inductor_files(folder):
+                program = self._compile(graph)
+            if not libraries(folder):
+                raise CompileFailed(
+                    f"{graph.region.path}: expected mode {self.mode!r} to leave compiled code in files, it left none; "
+                    'use mode="jit", which compiles in every process, or another one'
+                )
+            self._keep(key.digest, program)
+            seconds = round(time.perf_counter() - start, 2)
+            return {"region": graph.region.kind, "serves": graph.bucket.to_json(), "seconds": seconds}
+
+        entry = cache.get_or_build(key, build)
+        return Prepared(entry, compiled, time.perf_counter() - start)
 
     def served(self, entry: Entry) -> ShapeBucket:
-        raise CompileFailed("nexfort has no artifacts")
+        serves: Any = entry.notes["serves"]
+        return ShapeBucket.from_json(serves)
 
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
-        """The program of this graph over the region's weights; compiled now if no equal region had it before."""
+        """The program of this graph over the region's weights; made now if no equal region had it before."""
         digest = graph.key(self.factors(graph.device)).digest
+        compiled = False
         with self._lock:
             program = self._programs.get(digest)
-            compiled = program is None
             if program is None:
-                program = self._programs[digest] = self._compile(graph)
-            self._programs.move_to_end(digest)
-            while len(self._programs) > _MAX_PROGRAMS:
-                self._programs.popitem(last=False)
+                program, compiled = self._made(graph, entry)
+            self._keep(digest, program)
         names, weights = named_weights(graph.region.graph_module(graph.traits))
         if names != program.names:
             raise CompileFailed(
                 f"{graph.region.path}: expected the weights of an equal region, its names are others; report this"
             )
         return BoundRegion(program.over(weights), graph.bucket, compiled)
+
+    def _keep(self, digest: str, program: _Program) -> None:
+        with self._lock:
+            self._programs[digest] = program
+            self._programs.move_to_end(digest)
+            while len(self._programs) > _MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+
+    def _made(self, graph: RegionGraph, entry: Entry | None) -> tuple[_Program, bool]:
+        """A program, and whether native code was compiled for it."""
+        if entry is None:
+            return self._compile(graph), True
+        folder = entry.path / _FOLDER
+        before = libraries(folder)
+        with inductor_files(folder):
+            program = self._compile(graph)
+        return program, libraries(folder) != before
 
     def _compile(self, graph: RegionGraph) -> _Program:
         traced = trace(graph)

@@ -42,7 +42,10 @@ class PlannedModel:
     @property
     def note(self) -> str:
         """Why there is nothing to precompile, if there is not."""
-        return _NOTES.get(self.table.backend, "")
+        if self.handle.keeps_artifacts:
+            return ""
+        how = "nothing" if self.table.backend == "eager" else "in every process anew"
+        return f'nothing to precompile: backend "{self.table.backend}" compiles {how}'
 
     @property
     def regions(self) -> int:
@@ -53,12 +56,6 @@ class PlannedModel:
     def shared(self) -> int:
         """Missing artifacts that a model before it needs as well: they are compiled once, for that one."""
         return len(self.missing) - len(self.own)
-
-
-_NOTES = {
-    "inductor": 'nothing to precompile: backend "inductor" compiles in every process anew',
-    "eager": 'nothing to precompile: backend "eager" compiles nothing',
-}
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def make_plan(file: str, deployment: Deployment, *, storing: bool) -> Plan:
 
 def _planned(table: ModelTable, cache: CompileCache, before: set[str]) -> PlannedModel:
     handle = open_deployed_model(table, cache, on_miss="eager", weights=False)
-    if table.backend in _NOTES:
+    if not handle.keeps_artifacts:
         return PlannedModel(table, handle, Needed((), {}), {}, {})
     options: dict[str, Any] = {"batch_sizes": table.batch_sizes, "strengths": table.strengths}
     needed = handle.needed(table.pixel_sizes(), table.steps, **options)

@@ -155,7 +155,7 @@ class Service:
 
         options = {}
         with self._opening:
-            if self._cache is None and model.backend in ("aot", "onediff"):
+            if self._cache is None and model.backend not in ("inductor", "eager"):
                 self._cache = open_deployed_cache(self.deployment.cache)
             if model.on_miss == "background":
                 with self._lock:
