@@ -6,6 +6,7 @@ All share the small protocol `Backend`; `create_backend` makes one by name.
 from __future__ import annotations
 
 from accel_hidiff.backends.base import Backend, BoundRegion, Prepared
+from accel_hidiff.compat import require_aot
 from accel_hidiff.config import check_choice
 
 BACKENDS = ("aot", "inductor", "eager")
@@ -17,10 +18,11 @@ def create_backend(name: str) -> Backend:
     """The backend of this name; modules are imported when they are asked for.
 
     Raises:
-        BadInput: an unknown name.
+        BadInput: an unknown name, or one that this torch is too old for.
     """
     check_choice("backend", name, BACKENDS)
     if name == "aot":
+        require_aot()
         from accel_hidiff.backends.aot import AOTBackend
 
         return AOTBackend()
