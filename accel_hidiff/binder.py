@@ -165,12 +165,10 @@ class Binder:
         Raises:
             CompileFailed: a region cannot be compiled.
         """
-        if self.backend.persistent and not compile_missing:
+        if not compile_missing:
             for graph, _ in graphs:
-                key = self.key(graph)
-                if self.entry(key) is None:
-                    assert self.cache is not None
-                    return Missing(f"{graph.region.path}: {self.cache.explain(key)}")
+                if reason := self._lacks(graph):
+                    return Missing(f"{graph.region.path}: {reason}")
         calls = {}
         for graph, sizes in graphs:
             key = self.key(graph)
@@ -193,6 +191,15 @@ class Binder:
                 return decision
             calls[graph.region.path] = BoundCall(bound, graph.region, key, sizes)
         return calls
+
+    def _lacks(self, graph: RegionGraph) -> str:
+        """Why a graph cannot be bound without compiling; "" where it can."""
+        key = self.key(graph)
+        if self.backend.persistent:
+            assert self.cache is not None, "a persistent backend has a cache"
+            return self.cache.explain(key) if self.entry(key) is None else ""
+        bound = self.is_bound(graph) or self.backend.ready(key)
+        return "" if bound else f"not compiled in this process, where backend {self.backend.name!r} compiles at start"
 
     def missing(self, graphs: Graphs) -> list[tuple[RegionGraph, CacheKey]]:
         """The graphs that the cache does not hold, each key once."""

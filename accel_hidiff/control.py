@@ -10,14 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch.nn.functional as F
-from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor, nn
 
+from accel_hidiff import compat
 from accel_hidiff.clock import StepPosition
 from accel_hidiff.families import Family, Layout, Size, adapter_sizes, skip_sizes
 from accel_hidiff.forwards import Forward, require_parameters
 from accel_hidiff.schedule import LATENT_CELL
 from accel_hidiff.topology import PLAIN, Topology
+
+ControlNetOutput = compat.controlnet_output()
 
 DOWN, MID, ADAPTER = (
     "down_block_additional_residuals",

@@ -54,6 +54,7 @@ class Dispatcher:
         self.on_miss = on_miss
         self.background: Background | None = None
         self._hint = hint
+        self._sealed = False
         self._models: dict[str, tuple[nn.Module, list[Region]]] = {}
         self._graphs: dict[Name, Graph] = {}
         self._states: dict[str, ModuleState] = {}
@@ -140,9 +141,11 @@ class Dispatcher:
     # Slow path
 
     def load(self, graphs: Graphs) -> None:
-        """Binds graphs before a call asks for them; GraphMiss under `on_miss="error"`."""
+        """Binds graphs before a call asks for them; GraphMiss under `on_miss="error"`. A backend that keeps nothing
+        compiles now, whatever `on_miss` says: that is what a request will find."""
         if self.binder.backend.name != "eager":
-            self._bind(None, lambda: graphs)
+            compiles = self.on_miss == "compile" or not (self.binder.backend.persistent or self._sealed)
+            self._bind(None, lambda: graphs, compiles)
 
     def refuse(self, reason: str, missing: bool = False) -> Graph:
         """A graph that runs eager for a reason; GraphMiss under `on_miss="error"`."""
@@ -168,6 +171,7 @@ class Dispatcher:
         """
         if self.on_miss != "error":
             raise BadInput(f'seal: expected on_miss="error", got {self.on_miss!r}; accelerate with that first')
+        self._sealed = True
         if self.binder.cache is not None:
             self.binder.cache = self.binder.cache.as_read_only()
 
@@ -198,13 +202,13 @@ class Dispatcher:
             return self.refuse(decision.reason)
         if self.binder.backend.name == "eager":
             return Graph()
-        return self._bind(name, graphs)
+        return self._bind(name, graphs, self.on_miss == "compile")
 
-    def _bind(self, name: Name | None, graphs: Callable[[], Graphs]) -> Graph:
+    def _bind(self, name: Name | None, graphs: Callable[[], Graphs], compiles: bool) -> Graph:
         with self._lock:
             try:
                 wanted = graphs()
-                found = self.binder.bind_all(wanted, compile_missing=self.on_miss == "compile")
+                found = self.binder.bind_all(wanted, compile_missing=compiles)
             except UnstableFactor as problem:
                 return self.refuse(str(problem))
             if isinstance(found, Missing):

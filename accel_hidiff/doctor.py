@@ -16,10 +16,9 @@ from typing import Any
 
 from packaging.version import Version
 
+from accel_hidiff import compat
 from accel_hidiff.availability.onediff import try_compiler
 from accel_hidiff.config import ONEDIFF_COMPILERS
-
-TESTED_TORCH = ("2.11", "2.14")  # from, below
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,7 @@ def examine() -> list[Finding]:
         Finding("device cpu", True, f"{platform.machine()}, {os.cpu_count()} cores"),
         _gpu(),
         examine_backend("eager"),
-        Finding(
-            "backend aot, serving", torch.usable, "loads and runs cached artifacts" if torch.usable else torch.detail
-        ),
+        _aot_serving(),
         examine_backend("aot"),
         examine_backend("inductor"),
         examine_backend("onediff"),
@@ -68,9 +65,17 @@ def examine_backend(name: str) -> Finding:
         return _onediff()
     compiler = _compiler()
     part = f"backend {name}, compiling" if name == "aot" else f"backend {name}"
+    if name == "aot" and torch.usable and (missing := compat.missing_for_aot()):
+        return Finding(part, False, missing)
     if not (torch.usable and compiler.usable):
         return Finding(part, False, f"cannot compile: {compiler.detail if torch.usable else torch.detail}")
     return Finding(part, True, "compiles on the CPU" if name == "aot" else "torch.compile")
+
+
+def _aot_serving() -> Finding:
+    torch = _torch()
+    reason = compat.missing_for_aot() if torch.usable else torch.detail
+    return Finding("backend aot, serving", not reason, reason or "loads and runs cached artifacts")
 
 
 def _library(name: str) -> Finding:
@@ -84,10 +89,9 @@ def _torch() -> Finding:
     found = _library("torch")
     if not found.usable:
         return found
-    low, high = (Version(text) for text in TESTED_TORCH)
-    version = Version(found.detail)
-    if not low <= Version(version.base_version) < high:
-        return Finding("torch", False, f"expected {low} to below {high}, got {version}; artifacts need a tested torch")
+    low, high = (Version(text) for text in compat.TORCH)
+    if not low <= compat.torch_version() < high:
+        return Finding("torch", False, f"expected {low} to below {high}, got {found.detail}; install a tested torch")
     return found
 
 

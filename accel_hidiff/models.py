@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from accel_hidiff.compat import in_dtype, multi_controlnet
 from accel_hidiff.config import check_choice
 from accel_hidiff.errors import BadInput, NotAPipeline
 from accel_hidiff.patching import find_unet
@@ -38,12 +39,12 @@ def load_pipeline(
     import diffusers  # it imports a class, and what that one needs, when it is asked for
 
     with _one_line(model):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=chosen)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **in_dtype(chosen))
     find_unet(pipe)
     nets = []
     for name in controlnets:
         with _one_line(name):
-            nets.append(diffusers.ControlNetModel.from_pretrained(name, dtype=chosen))
+            nets.append(diffusers.ControlNetModel.from_pretrained(name, **in_dtype(chosen)))
     if nets:
         with _one_line(model):
             pipe = diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0])
@@ -91,11 +92,9 @@ def _part(model: str, name: str, entry: list[str | None], dtype: torch.dtype) ->
     if name == "scheduler":
         return getattr(diffusers, str(class_name)).from_pretrained(model, subfolder=name)
     if class_name == "MultiControlNetModel":
-        from diffusers.models.controlnets import MultiControlNetModel
-
         folders = [name, *(f"{name}_{number}" for number in range(1, 100))]
         found = [folder for folder in folders if (Path(model) / folder).is_dir()]
-        return MultiControlNetModel(
+        return multi_controlnet()(
             [_weightless(diffusers.ControlNetModel, model, folder, dtype) for folder in found]
         ).eval()
     if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin):

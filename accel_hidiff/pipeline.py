@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from accel_hidiff import sealing
+from accel_hidiff import compat, sealing
 from accel_hidiff.backends import create_backend
 from accel_hidiff.binder import Binder, Graphs
 from accel_hidiff.cfgpp.compiled import CompiledStep
@@ -210,7 +210,8 @@ class Handle:
     ) -> None:
         """Loads and binds every graph that requests of these sizes need, so that the first request finds them ready.
 
-        Arguments as in `precompile`; `on_miss` decides what happens to a graph that the cache does not hold.
+        Arguments as in `precompile`; `on_miss` decides what happens to a graph that the cache does not hold. With a
+        backend that keeps nothing, this is where it compiles.
 
         Raises:
             BadInput: a size, a step count or a batch that cannot be.
@@ -274,8 +275,10 @@ class Handle:
         of the cache is not asked any more. A graph that is missing raises `GraphMiss` as before.
 
         Raises:
-            BadInput: `on_miss` is not "error".
+            BadInput: `on_miss` is not "error"; or torch is older than 2.6, which has no stances, and the backend
+                leaves programs to `torch.compile` (with "eager", a `torch.compile` elsewhere compiles there as before).
         """
+        compat.require_stance(self._dispatcher.binder.backend.name)
         self._dispatcher.seal()
         if not self._sealed:
             sealing.hold()
@@ -372,9 +375,9 @@ def accelerate(
         cache: a `CompileCache` or its directory; needed by backend "aot".
         backend: "aot" (ahead of time, kept in the cache), "inductor" (`torch.compile`, compiled in every process),
             "onediff" or an `OneDiffConfig` (see docs/onediff.md) or "eager" (nothing compiled; for comparison).
-        on_miss: a graph is not in the cache: "compile" now; "background": run eager (or a graph of a wider range that
-            is there) while another process compiles it, and take it up between two steps; run "eager"; or raise
-            "error" (`GraphMiss`).
+        on_miss: a graph is not in the cache (or, for a backend that keeps nothing, not loaded): "compile" now;
+            "background": run eager (or a graph of a wider range that is there) while another process compiles it, and
+            take it up between two steps; run "eager"; or raise "error" (`GraphMiss`).
         regions: "blocks": the UNet's resnets and transformers, which share artifacts over blocks, phases and sizes;
             "whole": one artifact for the UNet in each topology.
         shapes: "symbolic": one artifact for a range of sizes; "exact": one for each size, as always with "onediff".
@@ -415,7 +418,7 @@ def accelerate(
             f'got "whole" and addition_embed_type {unet.config.addition_embed_type!r}'
         )
     shapes = "exact" if chosen.smallest_symbolic is None else shapes
-    dispatcher = Dispatcher(Binder(cache, chosen, shapes, Stats()), on_miss, _hint(cache))
+    dispatcher = Dispatcher(Binder(cache, chosen, shapes, Stats()), on_miss, _hint(chosen.persistent, cache))
     memory_format = backend.memory_format if isinstance(backend, OneDiffConfig) else None
     installed = Installed(pipe, dispatcher, hidiffusion or _NO_HIDIFFUSION, regions, family, task, memory_format)
     step = CompiledStep(dispatcher, unet.config.out_channels)
@@ -433,6 +436,8 @@ def accelerate(
     return handle
 
 
-def _hint(cache: CompileCache | None) -> str:
+def _hint(persistent: bool, cache: CompileCache | None) -> str:
+    if not persistent:
+        return "handle.load([(height, width)], num_inference_steps=...) before the first request"
     where = cache.location if cache is not None else "DIR"
     return f"accel-hidiff precompile MODEL --size WIDTHxHEIGHT --cache {where}"

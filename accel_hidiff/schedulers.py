@@ -466,7 +466,8 @@ class DPMSolverMultistepCFGPPScheduler(_SigmaSpace, DPMSolverMultistepScheduler)
         timesteps: list[int] | None = None,
     ) -> None:
         """As in diffusers. Forgets the history of the request before."""
-        super().set_timesteps(num_inference_steps, device, mu, timesteps)
+        shift = {} if mu is None else {"mu": mu}  # which older ones do not have
+        super().set_timesteps(num_inference_steps, device, timesteps=timesteps, **shift)
         self._after_set_timesteps(num_inference_steps)
 
     def _link(self, index: int, first: bool) -> tuple[float | None, float, float]:

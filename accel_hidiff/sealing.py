@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 
-import torch
+from accel_hidiff import compat
 
 _lock = threading.Lock()
 _held = 0
 
 
 def hold() -> None:
-    """From now on `torch.compile` raises where it would compile."""
+    """From now on `torch.compile` raises where it would compile (torch before 2.6 cannot: nothing changes there)."""
     global _held  # noqa: PLW0603
     with _lock:
         _held += 1
-        torch.compiler.set_stance("fail_on_recompile")
+        compat.set_stance("fail_on_recompile")
 
 
 def release() -> None:
@@ -24,4 +24,4 @@ def release() -> None:
     with _lock:
         _held -= 1
         if not _held:
-            torch.compiler.set_stance("default")
+            compat.set_stance("default")

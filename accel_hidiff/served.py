@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+from accel_hidiff import compat
 from accel_hidiff.binder import ArtifactFailed, Graphs
 from accel_hidiff.call import UNetCall
 from accel_hidiff.control import DOWN
@@ -37,6 +37,8 @@ from accel_hidiff.regions import (
 )
 from accel_hidiff.topology import PLAIN, Topology
 from accel_hidiff.undo import UndoLog
+
+ControlNetOutput = compat.controlnet_output()
 
 REGIONS = ("blocks", "whole")
 UNET, DECODER = "unet", "vae.decoder"

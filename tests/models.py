@@ -294,6 +294,7 @@ def _chat_glm() -> dict[str, Any]:
         multi_query_attention=True,
         multi_query_group_num=2,
         original_rope=True,
+        use_cache=True,
     )
     text_encoder = ChatGLMModel(config, empty_init=False)
     for module in text_encoder.modules():

@@ -6,6 +6,7 @@ All share the small protocol `Backend`; `create_backend` makes one by name.
 from __future__ import annotations
 
 from accel_hidiff.backends.base import Backend, BoundRegion, Prepared
+from accel_hidiff.compat import require_aot
 from accel_hidiff.config import ONEDIFF_COMPILERS, OneDiffConfig, check_choice
 from accel_hidiff.errors import BadInput
 
@@ -18,7 +19,7 @@ def create_backend(spec: str | OneDiffConfig) -> Backend:
     """The backend of this name, or of this configuration; modules are imported when they are asked for.
 
     Raises:
-        BadInput: an unknown name, or onediff does not work in this environment.
+        BadInput: an unknown name, one that this torch is too old for, or onediff does not work in this environment.
     """
     if spec == "onediff":
         spec = OneDiffConfig()
@@ -26,6 +27,7 @@ def create_backend(spec: str | OneDiffConfig) -> Backend:
         return _onediff(spec)
     check_choice("backend", spec, BACKENDS)
     if spec == "aot":
+        require_aot()
         from accel_hidiff.backends.aot import AOTBackend
 
         return AOTBackend()

@@ -93,6 +93,9 @@ class AOTBackend:
         serves: Any = entry.notes["serves"]
         return ShapeBucket.from_json(serves)
 
+    def ready(self, key: CacheKey) -> bool:
+        return False
+
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         assert entry is not None, "a persistent backend binds a cache entry"
         idle = _idle[entry.files[_PACKAGE].sha256, _device_index(graph.device)]

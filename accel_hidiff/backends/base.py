@@ -11,7 +11,7 @@ import torch
 from accel_hidiff.call import RegionCall
 from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.regions import RegionGraph
-from compile_cache import CompileCache, Entry, ShapeBucket
+from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class Backend(Protocol):
 
     def served(self, entry: Entry) -> ShapeBucket:
         """The sizes that an artifact may be fed with. Persistent backends only."""
+
+    def ready(self, key: CacheKey) -> bool:
+        """Whether `bind` compiles nothing for a graph of this key. Backends that are not persistent only."""
 
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         """A call over the region's live weights; None: run the region eager.

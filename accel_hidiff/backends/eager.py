@@ -10,7 +10,7 @@ import torch
 from accel_hidiff.backends.base import BoundRegion, Prepared
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
-from compile_cache import CompileCache, Entry, ShapeBucket
+from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
 
 
 class EagerBackend:
@@ -29,6 +29,9 @@ class EagerBackend:
 
     def served(self, entry: Entry) -> ShapeBucket:
         raise CompileFailed(f"the {self.name} backend has no artifacts")
+
+    def ready(self, key: CacheKey) -> bool:
+        return True
 
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         return None

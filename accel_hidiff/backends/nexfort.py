@@ -11,6 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,7 @@ from accel_hidiff.backends.inductor_files import inductor_files, libraries
 from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
-from compile_cache import CompileCache, Entry, ShapeBucket
+from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
 from compile_cache.environment import environment_factors
 
 _FOLDER: Final = "inductor"
@@ -68,10 +69,7 @@ class NexfortBackend:
             "compiler": "nexfort",
             "mode": self.mode,
             "options": dict(self.spec.options),
-            "environment": environment_factors(device.type),
-            "versions": {name: metadata.version(name) for name in ("onediff", "nexfort", "diffusers")},
-            "accel_hidiff": accel_hidiff.__version__,
-            "torch folder": str(Path(torch.__file__).parent),  # a part of the command lines that name Inductor's files
+            **_environment(device.type),
         }
 
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
@@ -103,6 +101,9 @@ class NexfortBackend:
     def served(self, entry: Entry) -> ShapeBucket:
         serves: Any = entry.notes["serves"]
         return ShapeBucket.from_json(serves)
+
+    def ready(self, key: CacheKey) -> bool:
+        return key.digest in self._programs
 
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         """The program of this graph over the region's weights; made now if no equal region had it before."""
@@ -189,6 +190,16 @@ class NexfortBackend:
         if -1 in order:
             raise CompileFailed(f"{graph.region.path}: nexfort's program takes an input that is none of the region's")
         return _Program(run, order, traced)
+
+
+@lru_cache(maxsize=4)
+def _environment(device: str) -> Mapping[str, Any]:
+    return {
+        "environment": environment_factors(device),
+        "versions": {name: metadata.version(name) for name in ("onediff", "nexfort", "diffusers")},
+        "accel_hidiff": accel_hidiff.__version__,
+        "torch folder": str(Path(torch.__file__).parent),  # a part of the command lines that name Inductor's files
+    }
 
 
 class _Program:

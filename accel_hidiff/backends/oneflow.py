@@ -24,7 +24,7 @@ from accel_hidiff.backends.functional import first_line
 from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.errors import BadInput, CompileFailed
 from accel_hidiff.regions import RegionGraph
-from compile_cache import CompileCache, Entry, ShapeBucket
+from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
 from compile_cache.environment import environment_factors
 
 _FILE: Final = "oneflow.graph"
@@ -91,6 +91,9 @@ class OneflowBackend:
     def served(self, entry: Entry) -> ShapeBucket:
         serves: Any = entry.notes["serves"]
         return ShapeBucket.from_json(serves)
+
+    def ready(self, key: CacheKey) -> bool:
+        return False
 
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         """The saved graph, loaded over the region's weights, by an object that nothing else uses."""

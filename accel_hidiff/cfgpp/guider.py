@@ -15,15 +15,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor
 
+from accel_hidiff import compat
 from accel_hidiff.cfgpp import maths
 from accel_hidiff.cfgpp.prediction import GuidedPrediction
 from accel_hidiff.config import check_lambda
 from accel_hidiff.errors import BadInput
 
 __all__ = ["CFGPlusPlusGuidance"]
+
+BaseGuidance: Any
+GuiderOutput: Any
+BaseGuidance, GuiderOutput = compat.guider_classes()
 
 
 class CFGPlusPlusGuidance(BaseGuidance):
@@ -72,7 +76,7 @@ class CFGPlusPlusGuidance(BaseGuidance):
             for i, name in enumerate(self._predictions())
         ]
 
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
         """The output whose `pred`, a `GuidedPrediction`, is for the next step of the scheduler.
 
         Args:

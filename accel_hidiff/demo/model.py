@@ -27,6 +27,8 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from accel_hidiff.compat import clip_tokenizer
+
 __all__ = ["DemoModelConfig", "build_pipeline", "save_model", "tiny_config"]
 
 _RECIPE_FILE = "demo_model.json"
@@ -325,12 +327,7 @@ def _tokenizer(pad_token: str) -> CLIPTokenizer:
             tokens.append(left)
     tokens += [_BOS, _EOS]
     vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(
-        vocab=vocab,
-        merges=list(merges),
-        pad_token=pad_token,
-        model_max_length=_MAX_TOKENS,
-    )
+    return clip_tokenizer(vocab, list(merges), pad_token=pad_token, model_max_length=_MAX_TOKENS)
 
 
 def _byte_alphabet() -> list[str]:

@@ -12,11 +12,10 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor, nn
 
 import accel_hidiff as ah
-from accel_hidiff import AccelHiDiffError, HiDiffusionConfig
+from accel_hidiff import AccelHiDiffError, HiDiffusionConfig, compat
 from accel_hidiff.shifts import window_shifts
 from tests import models
 from tests.schedulers import SCHEDULERS, once, warmed_up
@@ -421,7 +420,7 @@ def test_a_controlnet_gives_both_kinds_of_output(step: int) -> None:
         with patch.phase(step=step, num_steps=10):
             named = pipe.controlnet(*args, controlnet_cond=image, **kwargs)
             down, mid = pipe.controlnet(*args, image, **kwargs, return_dict=False)
-            assert isinstance(named, ControlNetOutput)
+            assert isinstance(named, compat.controlnet_output())
             residuals = {RESIDUALS[0]: named.down_block_res_samples, RESIDUALS[1]: named.mid_block_res_sample}
             out, plain = pipe.unet(*args, **kwargs, **residuals)[0], pipe.unet(*args, **kwargs)[0]
     assert len(named.down_block_res_samples) == len(down) == len(wanted.down_block_res_samples) == 9

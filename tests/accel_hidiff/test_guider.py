@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    ClassifierFreeGuidance,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -19,11 +19,10 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
 from torch import Tensor
 
+import accel_hidiff as ah
 from accel_hidiff.cfgpp import maths
-from accel_hidiff.cfgpp.guider import CFGPlusPlusGuidance
 from accel_hidiff.cfgpp.prediction import GuidedPrediction
 from accel_hidiff.errors import BadInput
 from accel_hidiff.schedulers import (
@@ -33,6 +32,9 @@ from accel_hidiff.schedulers import (
     EulerCFGPPScheduler,
 )
 from tests.models import arguments, build
+from tests.needs import needs_guiders
+
+pytestmark = needs_guiders
 
 PLAIN = {
     EulerCFGPPScheduler: EulerDiscreteScheduler,
@@ -56,7 +58,7 @@ def scheduler_of(kind: Any, stock: Any, **options: Any) -> Any:
 
 def assemble(stock: Any, scheduler: Any, guider: Any) -> Any:
     """A modular pipeline of the stock blocks and the weights of `stock`."""
-    modular = StableDiffusionXLAutoBlocks().init_pipeline()
+    modular = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
     parts = {k: v for k, v in stock.components.items() if v is not None and k in modular._component_specs}
     modular.update_components(**{**parts, "scheduler": scheduler, "guider": guider})
     modular.set_progress_bar_config(disable=True)
@@ -64,7 +66,7 @@ def assemble(stock: Any, scheduler: Any, guider: Any) -> Any:
 
 
 def with_cfgpp(stock: Any, kind: Any, scale: float = 0.6, **options: Any) -> Any:
-    return assemble(stock, scheduler_of(kind, stock), CFGPlusPlusGuidance(scale, **options))
+    return assemble(stock, scheduler_of(kind, stock), ah.CFGPlusPlusGuidance(scale, **options))
 
 
 def generate(modular: Any, seed: int = 0, **options: Any) -> Tensor:
@@ -116,7 +118,7 @@ def test_the_scale_and_the_scheduler_matter(stock: Any) -> None:
     """The comparison above would notice a lambda or an unconditional prediction that is lost."""
     found = generate(with_cfgpp(stock, EulerCFGPPScheduler))
     assert (found - generate(with_cfgpp(stock, EulerCFGPPScheduler, 0.5))).abs().max() > 1e-2
-    plain = assemble(stock, scheduler_of(EulerDiscreteScheduler, stock), ClassifierFreeGuidance(0.6))
+    plain = assemble(stock, scheduler_of(EulerDiscreteScheduler, stock), diffusers.ClassifierFreeGuidance(0.6))
     assert (found - generate(plain)).abs().max() > 1e-2
 
 
@@ -132,7 +134,7 @@ def test_lambda_0_is_unconditional(stock: Any, kind: Any, task: str) -> None:
     """The unconditional run is diffusers' own: its scheduler, and its guider with a weight of 0."""
     request = arguments("sdxl", task, HEIGHT, WIDTH)
     options = {name: request[name] for name in ("image", "mask_image", "strength") if name in request}
-    plain = assemble(stock, scheduler_of(PLAIN[kind], stock), ClassifierFreeGuidance(0.0))
+    plain = assemble(stock, scheduler_of(PLAIN[kind], stock), diffusers.ClassifierFreeGuidance(0.0))
     found = generate(with_cfgpp(stock, kind, 0.0), num_inference_steps=5, **options)
     assert_close(found, generate(plain, num_inference_steps=5, **options), relative=True)
 
@@ -162,14 +164,14 @@ def test_requests_one_after_the_other(stock: Any) -> None:
 
 
 def test_one_guider_for_pipelines_with_different_samplers(stock: Any) -> None:
-    guider = CFGPlusPlusGuidance(0.6)
+    guider = ah.CFGPlusPlusGuidance(0.6)
     for kind in (EulerCFGPPScheduler, DDIMCFGPPScheduler):
         found = generate(assemble(stock, scheduler_of(kind, stock), guider))
         assert_close(found, by_hand(stock, scheduler_of(kind, stock), 0.6))
 
 
 def test_both_predictions_are_in_the_output() -> None:
-    guider = CFGPlusPlusGuidance(0.25)
+    guider = ah.CFGPlusPlusGuidance(0.25)
     cond, uncond = torch.ones(2, dtype=torch.float16), torch.zeros(2, dtype=torch.float16)
     output = guider.forward(cond, uncond)
     guided, carried = output[0].take_apart()
@@ -181,7 +183,7 @@ def test_both_predictions_are_in_the_output() -> None:
 
 
 def test_conditions_of_a_step() -> None:
-    guider = CFGPlusPlusGuidance(start=0.5, stop=0.75)
+    guider = ah.CFGPlusPlusGuidance(start=0.5, stop=0.75)
     assert guider.num_conditions == 2  # no request yet: the negative prompt will be needed
     found = []
     for step in range(4):
@@ -203,11 +205,11 @@ def test_conditions_of_a_step() -> None:
 
 
 def test_configuration_round_trip(tmp_path: Path) -> None:
-    guider = CFGPlusPlusGuidance(0.3, start=0.1, stop=0.9)
+    guider = ah.CFGPlusPlusGuidance(0.3, start=0.1, stop=0.9)
     guider.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "guider_config.json").read_text(encoding="utf-8"))
     assert saved["_class_name"] == "CFGPlusPlusGuidance" and saved["scale"] == 0.3
-    loaded = CFGPlusPlusGuidance.from_pretrained(tmp_path)
+    loaded = ah.CFGPlusPlusGuidance.from_pretrained(tmp_path)
     assert (loaded.scale, loaded._start, loaded._stop) == (0.3, 0.1, 0.9)
     assert dict(loaded.config).items() >= {"scale": 0.3, "start": 0.1, "stop": 0.9, "enabled": True}.items()
     renewed = guider.new(scale=0.7)
@@ -221,9 +223,9 @@ def test_configuration_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", [7.5, -0.1, 1.0001, float("nan"), True, "0.6", None])
 def test_lambda_outside_of_its_range(scale: Any) -> None:
     with pytest.raises(BadInput, match=r"lambda: expected a number in 0..1.*pass lambda = w / 12.5") as error:
-        CFGPlusPlusGuidance(scale)
+        ah.CFGPlusPlusGuidance(scale)
     assert "\n" not in str(error.value)
-    guider = CFGPlusPlusGuidance()
+    guider = ah.CFGPlusPlusGuidance()
     guider.scale = scale
     with pytest.raises(BadInput, match="lambda"):
         guider.forward(torch.ones(1), torch.zeros(1))
@@ -231,20 +233,20 @@ def test_lambda_outside_of_its_range(scale: Any) -> None:
 
 def test_guidance_rescale() -> None:
     with pytest.raises(BadInput, match=r"guidance_rescale: expected 0, got 0\.7"):
-        CFGPlusPlusGuidance(0.6, guidance_rescale=0.7)
+        ah.CFGPlusPlusGuidance(0.6, guidance_rescale=0.7)
     with pytest.raises(BadInput, match="guidance_rescale"):
-        CFGPlusPlusGuidance.from_config(ClassifierFreeGuidance(7.5, guidance_rescale=0.7).config)
+        ah.CFGPlusPlusGuidance.from_config(diffusers.ClassifierFreeGuidance(7.5, guidance_rescale=0.7).config)
 
 
 @pytest.mark.parametrize("window", [{"start": -0.1}, {"start": 1.0}, {"start": 0.6, "stop": 0.5}, {"stop": 1.1}])
 def test_start_and_stop(window: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="Expected `st"):
-        CFGPlusPlusGuidance(0.6, **window)
+        ah.CFGPlusPlusGuidance(0.6, **window)
 
 
 @pytest.mark.parametrize("kind", [*PLAIN.values(), PNDMScheduler, UniPCMultistepScheduler, LCMScheduler])
 def test_a_scheduler_without_cfgpp_is_refused_at_its_first_step(stock: Any, kind: Any) -> None:
-    modular = assemble(stock, scheduler_of(kind, stock), CFGPlusPlusGuidance())
+    modular = assemble(stock, scheduler_of(kind, stock), ah.CFGPlusPlusGuidance())
     calls = []
     hook = modular.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(BadInput, match=r"CFGPlusPlusGuidance: expected a CFG\+\+ scheduler") as error:

@@ -23,6 +23,7 @@ sys.meta_path.insert(0, Block())
 PLAIN_MODULES = [
     "accel_hidiff",
     *(f"accel_hidiff.{name}" for name in ("errors", "config", "topology", "families", "schedule", "shifts", "guard")),
+    "accel_hidiff.compat",
     *(f"accel_hidiff.serving.{name}" for name in ("requests", "schema", "metrics", "engine", "service")),
     *("accel_hidiff.serving.app", "accel_hidiff.serving.command", "accel_hidiff.deploy"),
     *(f"accel_hidiff.precompiling.{name}" for name in ("options", "machine", "estimate")),
@@ -68,7 +69,11 @@ def refuse(*args, **kwargs):
     raise AssertionError("CUDA was started")
 torch.cuda._lazy_init = torch._C._cuda_init = refuse
 for name in accel_hidiff.__all__:
-    getattr(accel_hidiff, name)
+    try:
+        getattr(accel_hidiff, name)
+    except accel_hidiff.BadInput:
+        from accel_hidiff.compat import missing_for_guiders
+        assert name == "CFGPlusPlusGuidance" and missing_for_guiders()
 assert "accel_hidiff.patching" in sys.modules and "accel_hidiff.pipeline" in sys.modules
 assert not torch.cuda.is_initialized()
 try:

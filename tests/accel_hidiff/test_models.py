@@ -10,12 +10,12 @@ import torch
 
 import accel_hidiff as ah
 from accel_hidiff.models import load_pipeline, load_skeleton
-from tests import models
+from tests import models, needs
 
 
 def keys_of(pipe: Any, cache: Path, device: torch.device) -> list[list[str]]:
     """The digests of all region graphs of a request in three phases."""
-    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=cache)
+    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=cache, backend=needs.BACKEND)
     handle.meant_for = device
     binder = handle._dispatcher.binder
     return [

@@ -34,6 +34,7 @@ from accel_hidiff.schedulers import (
     counterpart,
 )
 from tests import cfgpp_golden as golden
+from tests import needs
 
 PLAIN = {
     DDIMCFGPPScheduler: DDIMScheduler,
@@ -462,6 +463,7 @@ def test_image_to_image_starts_in_the_middle(kind: Any) -> None:
     ],
 )
 def test_the_float64_levels_are_those_of_diffusers_before_rounding(kind: Any, spacing: str, options: Any) -> None:
+    needs.scheduler_options(kind, options)
     for steps in (1, 7, 30):
         scheduler = make(kind, timestep_spacing=spacing, **options)
         scheduler.set_timesteps(steps)
@@ -606,6 +608,7 @@ def test_a_step_option_that_the_sampler_does_not_define_is_refused(kind: Any, op
 )
 def test_a_constructor_option_that_cfgpp_does_not_define_is_refused(kind: Any, options: dict[str, Any]) -> None:
     name = next(iter(options))
+    needs.scheduler_options(kind, options)
     for build in (lambda: make(kind, **options), lambda: kind.from_config(make(kind).config, **options)):
         with pytest.raises(BadInput) as raised:
             build()

@@ -1,0 +1,33 @@
+"""What not every supported set of libraries has: tests that need it are skipped there, with the reason."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from accel_hidiff import compat
+
+_NO_AOT = compat.missing_for_aot()
+_NO_GUIDERS = compat.missing_for_guiders()
+
+BACKEND = "eager" if _NO_AOT else "aot"  # for tests that only name graphs
+
+needs_aot = pytest.mark.skipif(bool(_NO_AOT), reason=f"backend aot {_NO_AOT}")
+needs_guiders = pytest.mark.skipif(bool(_NO_GUIDERS), reason=f"CFGPlusPlusGuidance {_NO_GUIDERS}")
+
+
+def aot() -> None:
+    """Skips the test, or what a fixture is for, where backend "aot" cannot run."""
+    if _NO_AOT:
+        pytest.skip(f"backend aot {_NO_AOT}")
+
+
+def scheduler_options(kind: Any, options: Iterable[str]) -> None:
+    """Skips the test where diffusers' scheduler does not have one of these options yet."""
+    known = inspect.signature(kind.__init__).parameters
+    for name in options:
+        if name not in known:
+            pytest.skip(f"diffusers {compat.diffusers_version()} has no {name} in {kind.__name__}")
