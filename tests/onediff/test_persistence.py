@@ -1,0 +1,78 @@
+"""What nexfort leaves in files is kept under the graph's key; mode "jit" leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import json, sys, time
+import torch
+from torch._dynamo.utils import counters
+import accel_hidiff as ah
+from accel_hidiff import served
+from tests import models
+from tests.compiled.conftest import relative_difference
+
+torch.set_num_threads(1)
+mode, cache, policy = sys.argv[1:]
+two = "down_blocks.1.attentions.0", "mid_block.resnets.0"
+served.find_blocks = lambda unet: [(path, unet.get_submodule(path)) for path in two]
+pipe, eager = models.build("sdxl", "text2img"), models.build("sdxl", "text2img")
+config = ah.HiDiffusionConfig()
+handle = ah.accelerate(pipe, hidiffusion=config, backend=ah.OneDiffConfig(mode=mode), cache=cache, on_miss=policy)
+handle.installed = handle._installed.decoder.region = None
+start = time.perf_counter()
+state = handle.explain(128, 192, 1).rows[0].state
+handle.load([(128, 192)], 1, batch_sizes=[2])
+seconds = time.perf_counter() - start
+ah.apply_hidiffusion(eager, config=config)
+got, want = (p(**models.arguments("sdxl", "text2img", 128, 192, num_inference_steps=1)).images for p in (pipe, eager))
+found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
+error = relative_difference(got, want)
+print(json.dumps({"state": state, "compiles": handle.stats.compiles, "seconds": seconds, "error": error, **found}))
+"""
+
+
+def run(mode: str, cache: Path, policy: str, **environment: str) -> dict[str, Any]:
+    """A process of its own that serves one request; what it found."""
+    command = [sys.executable, "-c", SCRIPT, mode, str(cache), policy]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, cwd=Path.cwd()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def test_a_mode_that_uses_inductor_compiles_in_one_process_only(tmp_path: Path) -> None:
+    """The second process has no C++ compiler, and refuses to serve what is not in the cache."""
+    cache = tmp_path / "cache"
+    first = run("O2", cache, "compile", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "first"))
+    assert first["state"].startswith("missing") and first["compiles"] == 2 and first["error"] < 5e-3
+    second = run("O2", cache, "error", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "second"), CXX="no-such-compiler")
+    assert second["state"] == "cached" and second["compiles"] == 0 and second["error"] < 5e-3
+    assert (second["hit"], second["miss"], second["bypass"]) == (2, 0, 0)
+    assert second["seconds"] < first["seconds"]
+
+
+def test_jit_leaves_nothing_that_could_be_kept(tmp_path: Path) -> None:
+    files = tmp_path / "inductor"
+    found = run("jit", tmp_path / "cache", "compile", TORCHINDUCTOR_CACHE_DIR=str(files))
+    assert found["state"] == "compiles at start" and found["compiles"] == 2
+    assert not [path for path in files.rglob("*") if path.is_file()]
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.parametrize("mode", ["O3", "max-autotune:cache-all"])
+def test_other_modes_have_their_parts(mode: str) -> None:
+    """The wheel has the modules that they import beside the package; they are found there."""
+    from accel_hidiff.availability.onediff import try_compiler
+
+    assert try_compiler("nexfort", mode).usable
