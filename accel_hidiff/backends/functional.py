@@ -73,6 +73,7 @@ def named_weights(module: nn.Module) -> tuple[tuple[str, ...], list[Tensor]]:
 
 
 def first_line(problem: BaseException) -> str:
-    """Type and first line of an error."""
+    """Type and first line of an error; of the one that Dynamo wraps."""
+    problem = getattr(problem, "inner_exception", problem)
     lines = str(problem).strip().splitlines()
     return f"{type(problem).__name__}: {lines[0] if lines else ''}"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final
 
 import torch._inductor.config
+from torch._inductor.utils import clear_inductor_caches
 
-_VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
+_VARIABLES: Final = {"TORCHINDUCTOR_CACHE_DIR": ".", "TRITON_CACHE_DIR": "triton"}  # by the place in the folder
 _lock = threading.RLock()
 
 
@@ -20,19 +21,22 @@ _lock = threading.RLock()
 def inductor_files(folder: Path) -> Iterator[None]:
     """Inductor reads and writes its files in `folder`, whole graphs too, inside of the block; one thread at a time.
 
-    The environment variable that says so is the whole process's: a `torch.compile` in another thread uses it meanwhile.
+    The environment variables that say so are the whole process's: a `torch.compile` in another thread follows them
+    meanwhile.
     """
     with _lock:
-        before = os.environ.get(_VARIABLE)
-        os.environ[_VARIABLE] = str(folder)
+        before = {name: os.environ.get(name) for name in _VARIABLES}
+        os.environ |= {name: str(folder / place) for name, place in _VARIABLES.items()}
+        clear_inductor_caches()  # what it remembers of another folder, such as where a header lies
         try:
             with torch._inductor.config.patch(fx_graph_cache=True):
                 yield
         finally:
-            if before is None:
-                del os.environ[_VARIABLE]
-            else:
-                os.environ[_VARIABLE] = before
+            for name, value in before.items():
+                del os.environ[name]
+                if value is not None:
+                    os.environ[name] = value
+            clear_inductor_caches()
             shutil.rmtree(folder / "locks", ignore_errors=True)
 
 

@@ -162,14 +162,13 @@ class NexfortBackend:
 
         made: list[tuple[Run, Sequence[Tensor]]] = []
 
-        def adopt(module: fx.GraphModule, examples: Sequence[Tensor], **options: Any) -> Run:
-            run: Run = torch._dynamo.lookup_backend("nexfort")(module, list(examples), **options)
+        def adopt(module: fx.GraphModule, examples: Sequence[Tensor]) -> Run:
+            given: dict[str, Any] = {"mode": self.mode, "options": dict(self.spec.options) or None}
+            run: Run = torch._dynamo.lookup_backend("nexfort")(module, list(examples), **given)
             made.append((run, examples))
             return run
 
-        given: dict[str, Any] = {"mode": self.mode, "dynamic": False, "fullgraph": True, "backend": adopt}
-        if self.spec.options:
-            given["options"] = dict(self.spec.options)
+        given = {"mode": None, "dynamic": False, "fullgraph": True, "backend": adopt}
         flat = [*weights, *traced.inputs]
         try:
             with torch.no_grad():

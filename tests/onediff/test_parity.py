@@ -66,7 +66,7 @@ def test_explain_tells_what_compiles_at_start(sdxl: Pair) -> None:
 
 def test_a_size_that_was_not_loaded_is_refused(sdxl: Pair, nothing_compiled: None) -> None:
     """Nothing compiles in a request, and no program is fed with another size: the first one was square."""
-    with pytest.raises(ah.GraphMiss, match="not compiled in this process.*handle.load"):
+    with pytest.raises(ah.GraphMiss, match=r"not compiled in this process.*handle\.load"):
         sdxl.images(192, 192)
 
 
