@@ -27,7 +27,6 @@ served.find_blocks = lambda unet: [(path, unet.get_submodule(path)) for path in 
 pipe, eager = models.build("sdxl", "text2img"), models.build("sdxl", "text2img")
 config = ah.HiDiffusionConfig()
 handle = ah.accelerate(pipe, hidiffusion=config, backend=ah.OneDiffConfig(mode=mode), cache=cache, on_miss=policy)
-handle.installed = handle._installed.decoder.region = None
 start = time.perf_counter()
 state = handle.explain(128, 192, 1).rows[0].state
 handle.load([(128, 192)], 1, batch_sizes=[2])
@@ -52,11 +51,11 @@ def run(mode: str, cache: Path, policy: str, **environment: str) -> dict[str, An
 
 
 def test_a_mode_that_uses_inductor_compiles_in_one_process_only(tmp_path: Path) -> None:
-    """The second process has no C++ compiler, and refuses to serve what is not in the cache."""
+    """The second process refuses to serve what is not in the cache. It asks Inductor for other files than the first."""
     cache = tmp_path / "cache"
     first = run("O2", cache, "compile", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "first"))
     assert first["state"].startswith("missing") and first["compiles"] == 2 and first["error"] < 5e-3
-    second = run("O2", cache, "error", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "second"), CXX="no-such-compiler")
+    second = run("O2", cache, "error", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "second"))
     assert second["state"] == "cached" and second["compiles"] == 0 and second["error"] < 5e-3
     assert (second["hit"], second["miss"], second["bypass"]) == (2, 0, 0)
     assert second["seconds"] < first["seconds"]
