@@ -33,23 +33,30 @@ class Unavailable(Exception):
 
 
 def attempt(compiler: str, mode: str, options: Mapping[str, Any]) -> None:
-    """Raises `Unavailable` unless the compiler compiles and runs a module."""
+    """Raises `Unavailable` unless the compiler compiles a module here that computes what it computes in eager."""
+    _imported(compiler)
+    if compiler == "oneflow" and (lacking := next(filter(None, map(_missing_of_oneflow, ONEFLOW_SYMBOLS)), "")):
+        raise Unavailable(f"{_named('oneflow')} lacks {lacking}; needs a build for onediff")
     for name in ("torch", "diffusers", "onediff"):  # diffusers first: onediff looks at what is imported already
         _imported(name)
-    compile_ = _attribute(_imported("onediff.infer_compiler"), "compile", "onediff")
+    infer_compiler = _imported("onediff.infer_compiler")
+    for name in ("compile", "OneflowCompileOptions"):
+        if not hasattr(infer_compiler, name):
+            raise Unavailable(f"{_named('onediff')} lacks infer_compiler.{name}; needs onediff 1.2")
+    if compiler == "nexfort":
+        nexfort_wheel.repair()
+        given: Any = {"mode": mode, "dynamic": False, "fullgraph": True, "options": dict(options) or None}
+        asked = f"mode {mode!r}" + (f" and options {dict(options)!r}" if options else "")
+    else:
+        given = infer_compiler.OneflowCompileOptions(dynamic=False, **options)
+        asked = f"options {dict(options)!r}"
+    _compile_one(infer_compiler.compile, compiler, given, asked)
+
+
+def _compile_one(compile_: Any, compiler: str, given: Any, asked: str) -> None:
     import torch
     from torch import nn
 
-    _imported(compiler)
-    if compiler == "nexfort":
-        nexfort_wheel.repair()
-    if compiler == "oneflow":
-        lacking = [name for name in ONEFLOW_SYMBOLS if not _has("oneflow", name)]
-        if lacking:
-            raise Unavailable(f"{_named('oneflow')} lacks {lacking[0]}; needs a build for onediff")
-        given: Any = import_module("onediff.infer_compiler").OneflowCompileOptions(dynamic=False, **options)
-    else:
-        given = {"mode": mode, "dynamic": False, "fullgraph": True, "options": dict(options)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU()).to(device).eval()
     image = torch.randn(2, 4, 8, 12, device=device)
@@ -58,7 +65,6 @@ def attempt(compiler: str, mode: str, options: Mapping[str, Any]) -> None:
         try:
             got = compile_(module, backend=compiler, options=given)(image)
         except Exception as problem:
-            asked = f"mode {mode!r}" if compiler == "nexfort" else f"options {dict(options)!r}"
             raise Unavailable(f"{_named(compiler)} cannot compile a module with {asked}: {_line(problem)}") from problem
         error = float((got - want).abs().max() / want.abs().max())
     if not error < _LIMIT:
@@ -100,22 +106,17 @@ def _import_error(problem: Exception) -> str:
     return f"does not import: {_line(problem)}"
 
 
-def _attribute(module: Any, name: str, package: str) -> Any:
-    if not hasattr(module, name):
-        raise Unavailable(f"{_named(package)} lacks {module.__name__.partition('.')[2]}.{name}; needs onediff 1.2")
-    return getattr(module, name)
-
-
-def _has(package: str, path: str) -> bool:
-    found = import_module(package)
-    walked = package
+def _missing_of_oneflow(path: str) -> str:
+    """How much of a dotted path into oneflow is not there; "" where all is."""
+    found = import_module("oneflow")
+    walked: list[str] = []
     for part in path.split("."):
-        walked = f"{walked}.{part}"
+        walked.append(part)
         try:
-            found = getattr(found, part) if hasattr(found, part) else import_module(walked)
+            found = getattr(found, part) if hasattr(found, part) else import_module(".".join(["oneflow", *walked]))
         except ImportError:
-            return False
-    return True
+            return ".".join(walked)
+    return ""
 
 
 def _compiled_graphs() -> int:
@@ -132,11 +133,9 @@ def _named(package: str) -> str:
 
 
 def _line(problem: BaseException) -> str:
+    problem = getattr(problem, "inner_exception", problem)  # of the one that Dynamo wraps
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    # Dynamo puts "backend='nexfort' raised:" on a line of its own, and the cause below.
-    chosen = lines[1] if len(lines) > 1 and lines[0].endswith("raised:") else (lines[0] if lines else "")
-    named = chosen.startswith(type(problem).__name__) or (len(lines) > 1 and chosen is lines[1])
-    return chosen[:300] if named else f"{type(problem).__name__}: {chosen[:300]}"
+    return f"{type(problem).__name__}: {lines[0][:300] if lines else ''}"
 
 
 def main() -> None:
