@@ -81,8 +81,9 @@ class Child:
     def kill(self) -> None:
         """Ends the process and its compilers, now."""
         self.alive = False
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        if self._popen.returncode is None:  # once it was waited for, its number may be another one's
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     def end(self) -> None:
         """Ends it, and closes the pipes."""
