@@ -60,10 +60,10 @@ def compete(entries: Sequence[tuple[str, Options]], work: Path, watcher: Watcher
     with ExitStack() as stack:
         workers = []
         for number, (backend, options) in enumerate(entries):
-            watcher.now(f"{backend}: starting, loading the model")
             workers.append(_Worker(backend, options, work, number))
             stack.callback(workers[-1].end)
         watcher.planned(len(workers))
+        watcher.now(f"{REFERENCE}: loading the model")
         told = workers[0].open_reference()
         watcher.done(1)
         cases = [Case(**case) for case in told["cases"]]

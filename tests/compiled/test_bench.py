@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ TOPOLOGIES = ["windowed+dilated", "windowed+pooled", "windowed"]
 
 def workers(parent: int | None = None) -> list[psutil.Process]:
     """Processes of contestants that live, of this process or of another one."""
-    children = psutil.Process(parent).children(recursive=True)
-    return [child for child in children if "accel_hidiff.benching.worker" in child.cmdline()]
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(parent).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile, as compilers do
+                if "accel_hidiff.benching.worker" in child.cmdline():
+                    found.append(child)
+    return found
 
 
 class Watched:
@@ -170,18 +176,31 @@ def rendered(report: Report) -> str:
     return stream.getvalue()
 
 
+@contextmanager
+def interrupts_taken() -> Iterator[None]:
+    """Processes that are started inside take SIGINT, also where this one ignores it as a background job of a shell."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=str)
 def test_no_process_outlives_an_interrupted_bench(how: signal.Signals, tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(ah.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "accel_hidiff.cli", "bench", "--backends", "eager,aot"]
-    bench = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     started: list[psutil.Process] = []
-    while len(started) < 2 and bench.poll() is None:
-        time.sleep(0.02)
-        started = workers(bench.pid)
-    bench.send_signal(how)
-    _, errors = bench.communicate(timeout=30)
+    with interrupts_taken(), subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as bench:
+        try:
+            while len(started) < 2 and bench.poll() is None:
+                time.sleep(0.02)
+                started = workers(bench.pid)
+            bench.send_signal(how)
+            _, errors = bench.communicate(timeout=30)
+        finally:
+            bench.kill()
     if how == signal.SIGINT:
         assert bench.returncode == 1 and errors.strip() == "accel-hidiff: interrupted"
         assert list(tmp_path.iterdir()) == []
