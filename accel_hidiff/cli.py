@@ -1,4 +1,4 @@
-"""The command line: `accel-hidiff {demo,precompile,serve,generate,explain,doctor}`.
+"""The command line: `accel-hidiff {demo,precompile,serve,generate,explain,doctor,bench}`.
 
 Exit codes: 0 done, 1 the work failed, 2 bad usage or bad input, with one line on stderr.
 """
@@ -20,9 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from accel_hidiff.benching.options import BENCHED
+from accel_hidiff.benching.options import Options as BenchOptions
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_steps
 from accel_hidiff.deploy import is_deploy_file, load_deployment, parse_size
-from accel_hidiff.errors import AccelHiDiffError, BadInput, CompileFailed, PatchConflict
+from accel_hidiff.errors import AccelHiDiffError, BadInput, BenchFailed, CompileFailed, PatchConflict
 from accel_hidiff.precompiling.options import Options
 from accel_hidiff.schedule import running_steps
 from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey
@@ -292,6 +294,60 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A diffusers folder or a hub id (owner/name); the project's tiny SDXL model, with random weights, by "
+            "default.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        list[str],
+        typer.Option(
+            "--size", help="WIDTHxHEIGHT in pixels; repeat for more. The model's own by default.", show_default=False
+        ),
+    ] = [],  # noqa: B006
+    steps: Annotated[int, typer.Option("--steps", help="Of a request: they decide which topologies occur.")] = 30,
+    backends: Annotated[
+        str, typer.Option(help="With commas between them. eager is the reference, and always runs.")
+    ] = ",".join(BENCHED),
+    repeats: Annotated[int, typer.Option(help="Timed turns of each backend.")] = 15,
+    batch: Annotated[int, typer.Option(help="UNet batch, guidance counted.")] = 2,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Compile cache to load from and to fill; an empty one, for this run, by default."),
+    ] = None,
+    regions: Regions = "blocks",
+    shapes: Shapes = "symbolic",
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch on the CPU; its own choice by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the report, as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run every backend that is usable here over the same UNet calls: set up, verify against eager, time in turns."""
+    from accel_hidiff.benching.command import bench as run_bench
+
+    options = BenchOptions(
+        model=model,
+        sizes=tuple(parse_size(text) for text in size),
+        steps=steps,
+        backends=BenchOptions.parse_backends(backends),
+        repeats=repeats,
+        batch=batch,
+        cache=cache if cache is None else _open_cache(cache, None, []).location,
+        regions=regions,
+        shapes=shapes,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
+    raise typer.Exit(run_bench(options, out, as_json))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model, the cache, the images and the plot.")] = Path(
         "demo-out"
@@ -343,9 +399,8 @@ def _print(value: Any) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     bad_input = (AccelHiDiffError, CompileCacheError)
-    return run_app(
-        app, "accel-hidiff", arguments, bad_input=bad_input, failed=(CompileFailed, PatchConflict, RemoteError)
-    )
+    failed = (BenchFailed, CompileFailed, PatchConflict, RemoteError)
+    return run_app(app, "accel-hidiff", arguments, bad_input=bad_input, failed=failed)
 
 
 def main() -> None:

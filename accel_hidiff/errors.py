@@ -39,3 +39,7 @@ class GraphMiss(AccelHiDiffError, RuntimeError):
 
 class CompileFailed(AccelHiDiffError, RuntimeError):
     """A region could not be exported or compiled."""
+
+
+class BenchFailed(AccelHiDiffError, RuntimeError):
+    """A bench has nothing to run, or its reference does not run."""

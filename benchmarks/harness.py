@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +28,7 @@ import torch
 from torch import Tensor
 
 import accel_hidiff as ah
+from accel_hidiff.benching.facts import machine, versions
 from accel_hidiff.demo import build_pipeline, tiny_config
 from accel_hidiff.topology import Topology
 
@@ -334,39 +333,6 @@ class Report:
         partial = self._out.with_suffix(f".{os.getpid()}.part")
         partial.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
         partial.replace(self._out)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    facts: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["gpu_capability"] = list(torch.cuda.get_device_capability())
-    return facts
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter."""
-    facts = {"python": platform.python_version(), "torch": torch.__version__}
-    facts["diffusers"] = metadata.version("diffusers")
-    if torch.version.cuda:
-        facts["cuda"] = torch.version.cuda
-    return {**facts, "accel_hidiff": ah.__version__}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
-    model = ", ".join(f"{name} {facts[name]}" for name in ("cpu family", "model", "stepping") if name in facts)
-    return f"{facts.get('model name', platform.machine())} ({model})" if model else platform.machine()
 
 
 def _command() -> str:

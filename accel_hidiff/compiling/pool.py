@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
-import select
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import psutil
 
 from accel_hidiff.compiling.blueprint import Blueprint, CompileJob
-from accel_hidiff.compiling.frames import LOWEST_PRIORITY, write_frame
+from accel_hidiff.compiling.child import Child, ChildDied
+from accel_hidiff.compiling.frames import LOWEST_PRIORITY
 from accel_hidiff.errors import BadInput
 from compile_cache import CompileCache, CompileCacheError
 
 LOG: Final = logging.getLogger("accel_hidiff")
 _TICK: Final = 0.2  # seconds between two looks at a process that works
 _PATIENCE: Final = 2  # times that a graph is tried whose process died
+_ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
 
 
 @dataclass(frozen=True)
@@ -267,33 +263,24 @@ class CompilePool:
 
 
 class _Process:
-    """One compiling process, its pipes and its files."""
+    """One compiling process and its files."""
 
     def __init__(self, cache: CompileCache, niceness: int) -> None:
         self._cache = cache
         self._stack = ExitStack()
-        self._blueprint = ""
-        self.alive = True
         try:
             work = self._stack.enter_context(cache.workspace())
-            self._log = work / "log"
-            errors = self._stack.enter_context(self._log.open("wb"))
-            self._popen = subprocess.Popen(
-                [sys.executable, "-m", "accel_hidiff.compiling.worker", str(niceness)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=_environment(work),
-                process_group=0,  # so that its compilers can be ended with it
-            )
+            self._child = Child("accel_hidiff.compiling.worker", [str(niceness)], work, _ONE_THREAD)
         except BaseException:
             self._stack.close()
             raise
-        self.pid = self._popen.pid
-        assert self._popen.stdin is not None and self._popen.stdout is not None
-        self._in: IO[bytes] = self._popen.stdin
-        self._out = self._popen.stdout.fileno()
-        self._text = b""
+        self.pid = self._child.pid
+        self._blueprint = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked again."""
+        return self._child.alive
 
     def fits(self, cache: CompileCache) -> bool:
         """Whether it works for this cache."""
@@ -305,33 +292,18 @@ class _Process:
         """Has a job done; what the process answers, or how it ended."""
         try:
             if not self._blueprint:
-                write_frame(self._in, "cache", self._cache.handover())
+                self._child.send("cache", self._cache.handover())
             if self._blueprint != (digest := blueprint.digest()):
-                write_frame(self._in, "blueprint", blueprint)
+                self._child.send("blueprint", blueprint)
                 self._blueprint = digest
-            write_frame(self._in, "job", job)
-        except OSError:
-            return self._died()
-        while b"\n" not in self._text:
-            if (why := exceeded(self)) is not None:
-                self.kill()
-                return dict(zip(("state", "error"), why, strict=True))
-            if select.select([self._out], [], [], _TICK)[0]:
-                chunk = os.read(self._out, 1 << 16)
-                if not chunk:
-                    return self._died()
-                self._text += chunk
-        line, _, self._text = self._text.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _died(self) -> dict[str, Any]:
-        self.alive = False
-        self.kill()  # what it may have left running
-        code = self._popen.wait()
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        last = (self._log.read_bytes()[-4000:].decode(errors="replace").strip().splitlines() or [""])[-1]
-        return {"state": "died", "error": f"the compiling process ended with {how}{': ' + last if last else ''}"}
+            self._child.send("job", job)
+            while (answer := self._child.answer(_TICK)) is None:
+                if (why := exceeded(self)) is not None:
+                    self.kill()
+                    return dict(zip(("state", "error"), why, strict=True))
+            return answer
+        except ChildDied as death:
+            return {"state": "died", "error": f"the compiling process {death}"}
 
     def memory(self) -> int:
         """Resident bytes of the process and its compilers."""
@@ -345,28 +317,13 @@ class _Process:
 
     def kill(self) -> None:
         """Ends the process and its compilers, now."""
-        self.alive = False
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._child.kill()
 
     def end(self) -> None:
         """Ends it, and clears its files away."""
-        self.kill()
-        with suppress(OSError):
-            self._in.close()
-        self._popen.wait()
-        assert self._popen.stdout is not None
-        self._popen.stdout.close()
+        self._child.end()
         self._cache.clear_after(self.pid)
         self._stack.close()
-
-
-def _environment(work: Path) -> dict[str, str]:
-    """One thread, this process's import path, and a place for compilers' files that goes away with the process."""
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
-    folders = {"TORCHINDUCTOR_CACHE_DIR": work / "inductor", "TRITON_CACHE_DIR": work / "triton", "TMPDIR": work}
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    return {**os.environ, **threads, **{name: str(folder) for name, folder in folders.items()}, "PYTHONPATH": path}
 
 
 _default: CompilePool | None = None

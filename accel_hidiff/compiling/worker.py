@@ -9,69 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import select
-import signal
 import sys
-import threading
 import time
 from contextlib import suppress
-from typing import IO, Any, Final
+from typing import IO, Any
 
-from accel_hidiff.compiling.frames import HEADER, LOWEST_PRIORITY
-
-_PARENT_CHECK: Final = 1.0  # seconds
-
-
-class _Inbox:
-    """Frames from the parent, read by a thread of its own: it notices when the parent is gone, whatever runs here."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._parent = os.getppid()
-        self._frames: list[bytes] = []
-        self._ready = threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def next(self) -> tuple[str, Any]:
-        """The next frame. Unpickled here: it imports torch, and the thread that reads has to go on watching."""
-        with self._ready:
-            while not self._frames:
-                self._ready.wait()
-            frame = self._frames.pop(0)
-        kind, value = pickle.loads(frame)
-        return kind, value
-
-    def _read(self) -> None:
-        try:
-            while True:
-                (length,) = HEADER.unpack(self._exactly(HEADER.size))
-                frame = self._exactly(length)
-                with self._ready:
-                    self._frames.append(frame)
-                    self._ready.notify()
-        except EOFError:
-            end()
-
-    def _exactly(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            # The end of the pipe tells that the parent is gone, unless a child that it forked holds the other end.
-            while not select.select([self._descriptor], [], [], _PARENT_CHECK)[0]:
-                if os.getppid() != self._parent:
-                    raise EOFError
-            chunk = os.read(self._descriptor, min(count - len(data), 1 << 20))
-            if not chunk:
-                raise EOFError
-            data += chunk
-        return bytes(data)
-
-
-def end() -> None:
-    """Ends this process and every compiler that it started."""
-    with suppress(OSError):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+from accel_hidiff.compiling.frames import LOWEST_PRIORITY, Inbox, answers
 
 
 class _Bench:
@@ -118,7 +61,7 @@ class _Bench:
         return {"state": state, "seconds": time.perf_counter() - start}
 
 
-def serve(inbox: _Inbox, out: IO[str]) -> None:
+def serve(inbox: Inbox, out: IO[str]) -> None:
     """Works off frames until the parent closes the pipe."""
     from compile_cache import CacheWriteError, CompileCache, RemoteError, TrustError
 
@@ -159,11 +102,9 @@ def _one_line(problem: Exception) -> str:
 
 def main() -> None:
     """Entry point of the process."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what compilers print is no answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent decides
+    out = answers()
     _lower_priority(int(sys.argv[1]))
-    serve(_Inbox(0), out)
+    serve(Inbox(0), out)
 
 
 def _lower_priority(niceness: int) -> None:

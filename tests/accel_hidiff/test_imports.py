@@ -27,6 +27,7 @@ PLAIN_MODULES = [
     *(f"accel_hidiff.serving.{name}" for name in ("requests", "schema", "metrics", "engine", "service")),
     *("accel_hidiff.serving.app", "accel_hidiff.serving.command", "accel_hidiff.deploy"),
     *(f"accel_hidiff.precompiling.{name}" for name in ("options", "machine", "estimate")),
+    *(f"accel_hidiff.benching.{name}" for name in ("options", "turns", "report", "command")),
 ]
 
 

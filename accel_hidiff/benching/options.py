@@ -1,0 +1,141 @@
+"""What a bench is asked to run. No torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from accel_hidiff.config import check_steps
+from accel_hidiff.errors import BadInput
+
+REFERENCE: Final = "eager"
+BENCHED: Final = (REFERENCE, "inductor", "aot", "onediff")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of the command line; `regions`, `shapes`, `dtype`, `device` and `model` are checked where the model is loaded.
+
+    Attributes:
+        model: a diffusers folder or a hub id; None: the project's tiny SDXL model, with random weights.
+        sizes: (height, width) in pixels; none: the size that the model's config names.
+        steps: of a request; they decide which topologies occur.
+        backends: in the order of the report; the reference is always among them, first.
+        repeats: timed turns of each backend.
+        batch: of a UNet call, guidance counted.
+        cache: compile cache to load from and to fill; None: an empty one, for this run.
+        regions, shapes: as in `accelerate`.
+        dtype, device: as in `load_pipeline`.
+        threads: of torch on the CPU; None: its own choice.
+        reference_asked: whether the reference was among the backends that were asked for.
+
+    Raises:
+        BadInput: a number that cannot be, or a backend that nobody knows.
+    """
+
+    model: str | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+    steps: int = 30
+    backends: tuple[str, ...] = BENCHED
+    repeats: int = 15
+    batch: int = 2
+    cache: Path | None = None
+    regions: str = "blocks"
+    shapes: str = "symbolic"
+    dtype: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    reference_asked: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        for option, value in (("--repeats", self.repeats), ("--batch", self.batch), ("--threads", self.threads)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise BadInput(f"{option}: expected an integer of at least 1, got {value!r}")
+        object.__setattr__(self, "reference_asked", REFERENCE in self.backends)
+        object.__setattr__(self, "backends", tuple(dict.fromkeys((REFERENCE, *self.backends))))
+        object.__setattr__(self, "sizes", tuple(dict.fromkeys(self.sizes)))
+
+    @staticmethod
+    def parse_backends(text: str) -> tuple[str, ...]:
+        """Names from a list with commas.
+
+        >>> Options.parse_backends("aot, eager")
+        ('aot', 'eager')
+
+        Raises:
+            BadInput: an unknown name, or none.
+        """
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+        for name in names:
+            if name not in BENCHED:
+                raise BadInput(
+                    f"--backends: expected names among {','.join(BENCHED)}, with commas between them, got {name!r}"
+                )
+        return names
+
+    def command(self) -> str:
+        """The command line that asks for this; places on this machine are left out.
+
+        >>> Options(sizes=((128, 192),), repeats=3, cache=Path("/a/b")).command()
+        'accel-hidiff bench --size 192x128 --cache DIR --repeats 3'
+        """
+        return " ".join(["accel-hidiff bench", *self._words()])
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON mapping, for the report."""
+        return {
+            "model": self.model_name,
+            "random_weights": self.model is None,
+            "steps": self.steps,
+            "batch": self.batch,
+            "repeats": self.repeats,
+            "regions": self.regions,
+            "shapes": self.shapes,
+        }
+
+    @property
+    def model_name(self) -> str:
+        """For people: the model without the folders that it lies in."""
+        if self.model is None:
+            return "tiny SDXL"
+        return Path(self.model).resolve().name if Path(self.model).exists() else self.model
+
+    def _words(self) -> Iterator[str]:
+        if self.model is not None:
+            yield shlex.quote(self.model_name)
+        for height, width in self.sizes:
+            yield f"--size {width}x{height}"
+        if self.backends != BENCHED:
+            yield f"--backends {','.join(self.backends)}"
+        if self.cache is not None:
+            yield "--cache DIR"
+        default = Options()
+        for name in ("steps", "repeats", "batch", "regions", "shapes", "dtype", "device", "threads"):
+            if (value := getattr(self, name)) != getattr(default, name):
+                yield f"--{name} {value}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One topology of a request at one size.
+
+    Attributes:
+        height, width: in pixels.
+        topology: its name.
+        start, stop: the steps [start, stop) of its first phase.
+    """
+
+    height: int
+    width: int
+    topology: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> str:
+        """WIDTHxHEIGHT."""
+        return f"{self.width}x{self.height}"
