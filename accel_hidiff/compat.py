@@ -55,6 +55,14 @@ def require_stance(backend: str) -> None:
         )
 
 
+def sym_min() -> Any:
+    """The smaller of two sizes, which may be symbolic, without a branch: `torch.sym_min`, or for a Dynamo that does not
+    know it, `min`, which it does."""
+    import torch
+
+    return min if missing_for_aot() else torch.sym_min
+
+
 def set_stance(stance: str) -> None:
     """`torch.compiler.set_stance`; nothing on a torch that has none."""
     import torch
