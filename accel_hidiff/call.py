@@ -20,7 +20,7 @@ from accel_hidiff.topology import Topology
 RegionCall = Callable[..., Any]  # tensors in, a tensor or a tuple of them out
 
 
-@dataclass(slots=True)
+@dataclass
 class UNetCall:
     """One call of a patched UNet.
 
@@ -49,6 +49,8 @@ class UNetCall:
 
 class CallScope(threading.local):
     """Where patches find the call that they are in: `scope.call`, None outside of a call."""
+
+    __slots__ = ()  # none beside the thread's own attributes; where it is, Dynamo of torch 2.4 looks for those at all
 
     def __init__(self) -> None:
         self.call: UNetCall | None = None  # an attribute of the instance: Dynamo guards on where it finds it

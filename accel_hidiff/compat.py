@@ -15,9 +15,10 @@ from packaging.version import Version
 from accel_hidiff.errors import BadInput
 
 TORCH = ("2.4", "2.14")  # from, below: what this package is tested with
-AOT_TORCH = "2.11"  # the first whose AOTInductor takes all weights from outside
-STANCE_TORCH = "2.6"  # the first that can refuse to compile
-GUIDERS_DIFFUSERS = "0.42"  # the first whose guiders `CFGPlusPlusGuidance` fits, and that calls `torch_dtype` `dtype`
+AOT_TORCH = "2.11"  # the oldest whose AOTInductor is tested here
+STANCE_TORCH = "2.6"  # the first with `torch.compiler.set_stance`
+GUIDERS_DIFFUSERS = "0.42"  # the oldest whose guiders are tested here
+DTYPE_DIFFUSERS = "0.42"  # older ones may ignore `dtype`, and take `torch_dtype`
 
 
 def torch_version() -> Version:
@@ -53,6 +54,14 @@ def require_stance(backend: str) -> None:
             f"seal: expected torch >= {STANCE_TORCH} for backend {backend!r}, got {version}, which cannot be kept from "
             "compiling; install a newer torch, or do without"
         )
+
+
+def sym_min() -> Any:
+    """The smaller of two sizes, which may be symbolic, without a branch: `torch.sym_min`, or for a Dynamo that does not
+    know it, `min`, which it does."""
+    import torch
+
+    return min if missing_for_aot() else torch.sym_min
 
 
 def set_stance(stance: str) -> None:
@@ -94,7 +103,7 @@ def guider_classes() -> tuple[Any, Any]:
 
 def in_dtype(dtype: Any) -> dict[str, Any]:
     """The argument of `from_pretrained` that makes weights of this dtype."""
-    return {"dtype" if diffusers_version() >= Version(GUIDERS_DIFFUSERS) else "torch_dtype": dtype}
+    return {"dtype" if diffusers_version() >= Version(DTYPE_DIFFUSERS) else "torch_dtype": dtype}
 
 
 # ---- transformers -----------------------------------------------------------------------------------------------

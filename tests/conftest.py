@@ -52,7 +52,9 @@ def make_pipe() -> Callable[..., Any]:
 def precompiled(tmp_path_factory: pytest.TempPathFactory, make_pipe: Any) -> tuple[Path, Any]:
     """A cache with every graph of the three sizes, and the report of how it was made."""
     import accel_hidiff as ah
+    from tests import needs
 
+    needs.aot()
     location = tmp_path_factory.mktemp("cache")
     handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=location)
     report = handle.precompile(SIZES, STEPS)

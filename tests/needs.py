@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import diffusers
 import pytest
 
 from accel_hidiff import compat
@@ -23,6 +24,12 @@ def aot() -> None:
     """Skips the test, or what a fixture is for, where backend "aot" cannot run."""
     if _NO_AOT:
         pytest.skip(f"backend aot {_NO_AOT}")
+
+
+def diffusers_class(name: str) -> None:
+    """Skips the test where diffusers does not have this class yet."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {compat.diffusers_version()} has no {name}")
 
 
 def scheduler_options(kind: Any, options: Iterable[str]) -> None:

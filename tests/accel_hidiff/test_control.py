@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import accel_hidiff as ah
 from accel_hidiff import AccelHiDiffError, HiDiffusionConfig, compat
 from accel_hidiff.shifts import window_shifts
-from tests import models
+from tests import models, needs
 from tests.schedulers import SCHEDULERS, once, warmed_up
 
 SMALL = 128, 192  # pixels; below every trained scale
@@ -473,6 +473,7 @@ def union_pipeline(several: bool) -> Any:
 @pytest.mark.parametrize("several", [False, True])
 def test_controlnet_union(several: bool) -> None:
     """One network with two control images, or two networks with one each."""
+    needs.diffusers_class("ControlNetUnionModel")
     size, cells = LARGE["sdxl"]
     request = models.arguments("sdxl", "multi_controlnet", *size)
     request |= {"control_image": request.pop("image"), "control_mode": [0, 1]}

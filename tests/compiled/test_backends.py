@@ -11,6 +11,7 @@ import torch
 import accel_hidiff as ah
 from tests import models
 from tests.compiled.conftest import STEPS, relative_difference, request, unet_inputs
+from tests.needs import needs_aot
 
 pytestmark = pytest.mark.slow
 ONE_TOPOLOGY = 2  # steps: too few for a RAU-Net phase, so that one graph is enough
@@ -23,6 +24,7 @@ def eager(make_pipe: Any) -> Any:
     return pipe
 
 
+@needs_aot
 def test_a_whole_unet_region_equals_eager(make_pipe: Any, eager: Any, tmp_path: Path) -> None:
     """One size, exact: a symbolic whole UNet takes many times as long to compile."""
     config, cache = ah.HiDiffusionConfig(), tmp_path / "cache"
@@ -33,6 +35,7 @@ def test_a_whole_unet_region_equals_eager(make_pipe: Any, eager: Any, tmp_path: 
     assert handle.stats.compiles == 1 and handle.stats.hits == ONE_TOPOLOGY
 
 
+@needs_aot
 def test_a_whole_unet_of_the_sd15_layout_equals_eager(tmp_path: Path) -> None:
     """It has no added conditions."""
     pipe = models.build("sd15", "text2img")
@@ -47,6 +50,7 @@ def test_a_whole_unet_of_the_sd15_layout_equals_eager(tmp_path: Path) -> None:
     assert relative_difference(got, request(pipe, **asked)) < 5e-3
 
 
+@needs_aot
 def test_a_whole_unet_takes_residuals_of_a_whole_controlnet(tmp_path: Path) -> None:
     """One step, in which the ControlNet runs. Its scale is a tensor: another one compiles nothing."""
     pipe = models.build("sdxl", "controlnet")
@@ -69,6 +73,7 @@ def test_a_whole_unet_takes_residuals_of_a_whole_controlnet(tmp_path: Path) -> N
         assert relative_difference(got, want) < 5e-3
 
 
+@needs_aot
 def test_odd_feature_maps_take_exact_graphs(make_pipe: Any, eager: Any, own_cache: Path) -> None:
     """72 x 136 pixels: 9 x 17 latent cells, 5 x 9 in the windowed level. Only what is windowed compiles again."""
     handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=own_cache)
@@ -77,6 +82,7 @@ def test_odd_feature_maps_take_exact_graphs(make_pipe: Any, eager: Any, own_cach
     assert handle.stats.compiles == 1 and handle.stats.eager_calls == 0
 
 
+@needs_aot
 def test_exact_shapes_compile_one_graph_per_size(make_pipe: Any, eager: Any, tmp_path: Path) -> None:
     config = ah.HiDiffusionConfig(pooled=False, dilated=False)
     pipe = make_pipe()
