@@ -188,7 +188,7 @@ class OneDiffConfig(_Config):
                 "callable for one size, and the compile cache keeps it"
             )
         try:
-            object.__setattr__(self, "options", json.loads(json.dumps(dict(self.options))))
+            object.__setattr__(self, "options", json.loads(json.dumps(dict(self.options), allow_nan=False)))
         except (TypeError, ValueError) as problem:
             raise BadInput(f"onediff.options: expected values that JSON has, got {problem}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -38,3 +39,9 @@ def scheduler_options(kind: Any, options: Iterable[str]) -> None:
     for name in options:
         if name not in known:
             pytest.skip(f"diffusers {compat.diffusers_version()} has no {name} in {kind.__name__}")
+
+
+def no_onediff() -> None:
+    """Skips the test where onediff is installed: it puts stand-ins of its own in place."""
+    if importlib.util.find_spec("onediff") is not None:
+        pytest.skip("onediff is installed here")

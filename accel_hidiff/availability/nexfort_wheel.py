@@ -28,8 +28,11 @@ def repair() -> bool:
     Returns:
         Whether it is importable now.
     """
-    if PACKAGE in sys.modules or importlib.util.find_spec(PACKAGE) is not None:
-        return True
+    try:
+        if PACKAGE in sys.modules or importlib.util.find_spec(PACKAGE) is not None:
+            return True
+    except ModuleNotFoundError:  # a release without nexfort.inductor
+        return False
     strays = {path.name.split(".")[0]: path for path in _top_level_files("nexfort")}
     if any(name not in strays for name in _MODULES):
         return False

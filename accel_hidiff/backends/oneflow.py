@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -30,15 +30,12 @@ from compile_cache.environment import environment_factors
 _FILE: Final = "oneflow.graph"
 _PREFIX: Final = "ONEFLOW_"
 
-Compile = Callable[[nn.Module], Any]
-
 
 class OneflowBackend:
     """Graphs compiled by oneflow, kept in the compile cache.
 
     Args:
         config: fields of `OneflowCompileOptions`; the compiler is oneflow, whatever it says.
-        compile_module: makes onediff's deployable module of a module; None: `onediff.infer_compiler.compile`.
 
     Raises:
         BadInput: another backend of this process set oneflow's environment variables otherwise.
@@ -49,10 +46,9 @@ class OneflowBackend:
     persistent = True
     shares = True
 
-    def __init__(self, config: OneDiffConfig, compile_module: Compile | None = None) -> None:
-        _claim_process(config.options)
+    def __init__(self, config: OneDiffConfig) -> None:
+        claim_process(config.options)
         self.spec = config
-        self._compile_module = compile_module or self._by_onediff
 
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         return {
@@ -74,7 +70,7 @@ class OneflowBackend:
             compiled = True
             path = directory / _FILE
             try:
-                deployable = self._compile_module(graph.region.graph_module(graph.traits))
+                deployable = self._deployable(graph.region.graph_module(graph.traits))
                 with torch.no_grad():
                     deployable(*graph.example())
                 deployable.save_graph(str(path))
@@ -99,7 +95,7 @@ class OneflowBackend:
         """The saved graph, loaded over the region's weights, by an object that nothing else uses."""
         assert entry is not None, "a persistent backend binds a cache entry"
         try:
-            deployable = self._compile_module(graph.region.graph_module(graph.traits))
+            deployable = self._deployable(graph.region.graph_module(graph.traits))
             deployable.load_graph(str(entry.path / _FILE), None, True)
         except Exception as problem:
             raise CompileFailed(
@@ -112,7 +108,8 @@ class OneflowBackend:
 
         return BoundRegion(call, self.served(entry))
 
-    def _by_onediff(self, module: nn.Module) -> Any:
+    def _deployable(self, module: nn.Module) -> Any:
+        """onediff's callable of a module, with no graph in it yet."""
         from onediff.infer_compiler import OneflowCompileOptions
         from onediff.infer_compiler import compile as onediff_compile
 
@@ -125,8 +122,12 @@ _claimed: dict[str, Any] | None = None
 _claim = threading.Lock()
 
 
-def _claim_process(options: Mapping[str, Any]) -> None:
-    """onediff hands options to oneflow as environment variables of the whole process: the first ones stay."""
+def claim_process(options: Mapping[str, Any]) -> None:
+    """onediff hands options to oneflow as environment variables of the whole process: the first ones stay.
+
+    Raises:
+        BadInput: this process has others.
+    """
     global _claimed  # noqa: PLW0603
     with _claim:
         if _claimed is None:

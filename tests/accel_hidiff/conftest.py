@@ -153,6 +153,25 @@ def run_all() -> Callable[[list[threading.Thread]], None]:
     return run
 
 
+Install = Callable[[str, str, dict[str, str]], Path]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
+    """Puts a package of these files, with a name and a version, on the path; tells its folder."""
+
+    def put(name: str, version: str, files: dict[str, str]) -> Path:
+        folder = tmp_path / f"{name}-{version}"
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        for path, text in {**files, f"{name}-{version}.dist-info/METADATA": metadata}.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+        monkeypatch.syspath_prepend(str(folder))
+        return folder
+
+    return put
+
+
 class Golden:
     """The recorded cases of the official patch; see tests/data/golden/README.md."""
 
