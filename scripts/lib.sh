@@ -7,11 +7,14 @@
 #   EXTRAS       install these extras in place of demo,test
 #   no-compiler  do not ask for a C++ compiler
 # Environment variables: PYTHON, the Python to start from (python3); CXX, the C++ compiler (g++).
+# A script may set, before it sources this: VENV, CONSTRAINTS, TORCH_VERSION, for an environment of its own.
 
 set -euo pipefail
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-TORCH_VERSION=2.13.0
+VENV="${VENV:-.venv}"                              # a folder in the repository
+CONSTRAINTS="${CONSTRAINTS:-constraints.txt}"      # the versions in it
+TORCH_VERSION="${TORCH_VERSION:-2.13.0}"
 export HF_HUB_OFFLINE=1
 
 fail() { # MESSAGE [EXIT CODE]
@@ -71,21 +74,21 @@ PYTHON
 
 # What an installation depends on: the two files, the Python, and where the checkout lies (the install is editable).
 installation_hash() {
-    "$PY" - "$REPO" <<'PYTHON'
+    "$PY" - "$REPO" "$CONSTRAINTS" <<'PYTHON'
 import hashlib
 import sys
 from pathlib import Path
 
 repo = Path(sys.argv[1])
 digest = hashlib.sha256(f"{sys.version}\0{repo}\0".encode())
-for name in ("pyproject.toml", "constraints.txt"):
+for name in ("pyproject.toml", sys.argv[2]):
     digest.update((repo / name).read_bytes() + b"\0")
 print(digest.hexdigest())
 PYTHON
 }
 
 use_own_environment() { # EXTRAS
-    local venv="$REPO/.venv" extras="$1" stamp="$REPO/.venv/installed.sha256" expected
+    local venv="$REPO/$VENV" extras="$1" stamp="$REPO/$VENV/installed.sha256" expected
     if ! [ -x "$venv/bin/python" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         echo "making $venv"
         "$PY" -m venv --clear "$venv" ||
@@ -98,7 +101,7 @@ use_own_environment() { # EXTRAS
     echo "installing torch $TORCH_VERSION, then this project and its dependencies (once; several minutes)"
     # torch comes first and alone, so that a build for this machine which pip has been pointed at is preferred.
     "$PY" -m pip install -q "torch==$TORCH_VERSION" || fail "torch $TORCH_VERSION could not be installed (see above)" 1
-    (cd "$REPO" && "$PY" -m pip install -q -c constraints.txt -e ".[$extras]") ||
+    (cd "$REPO" && "$PY" -m pip install -q -c "$CONSTRAINTS" -e ".[$extras]") ||
         fail "the project could not be installed (see above)" 1
     if ! grep -q "^$expected " "$stamp" 2>/dev/null; then : >"$stamp"; fi
     printf '%s\n' "$expected $extras" >>"$stamp"

@@ -135,7 +135,7 @@ def test_graphs_are_saved_under_our_keys_and_loaded_by_the_next_process(deployab
             got = latents(second.pipe, size)
         assert relative_difference(got, latents(eager, size)) < 5e-3
     assert deployable.built == 0, "every graph was loaded, none is built in a request"
-    with pytest.raises(ah.GraphMiss, match="the nearest entry .* differs in bucket"):
+    with pytest.raises(ah.GraphMiss, match=r"the nearest entry .* differs in bucket"):
         latents(second.pipe, (192, 192))
 
 
