@@ -110,11 +110,15 @@ def test_inductor_compiles_each_graph_once_in_the_process(
 
     monkeypatch.setattr(served, "find_blocks", two_regions)
     pipe = make_pipe()
-    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), backend="inductor")
-    got = request(pipe)
-    assert relative_difference(got, request(eager)) < 5e-3
-    with handle.stats.expect(compiles=2, eager_calls=0):  # a batch of 1 is a constant to Dynamo: its own graphs
-        request(pipe, guidance_scale=0.0)
+    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), backend="inductor", on_miss="error")
+    with pytest.raises(ah.GraphMiss, match=r"not compiled in this process.*handle\.load"):
+        request(pipe)
+    for batch in (2, 1):  # a batch of 1 is a constant to Dynamo: its own graphs
+        graphs = handle._graphs.unet(handle.patch.plan(128, 192, STEPS).at(0), 128, 192, batch)
+        with handle.stats.expect(compiles=2):
+            handle._dispatcher.load(graphs)
+    assert relative_difference(request(pipe), request(eager)) < 5e-3
+    request(pipe, guidance_scale=0.0)
     counters.clear()
     with handle.stats.expect(compiles=0, eager_calls=0):
         request(pipe, 256, 128)

@@ -356,7 +356,7 @@ class TestBadInput:
 
     def test_files(self, precompile: Any, deploy: Any, configs: Path, tmp_path: Path) -> None:
         self.refused(precompile(tmp_path / "gone.toml", "--check"), "cannot read it: No such file")
-        self.refused(precompile(deploy(None, (configs, 'backend = "onediff"\n'))), "which this release does not have")
+        self.refused(precompile(deploy(None, (configs, 'backend = "onediff"\n'))), "onediff/nexfort: unavailable: ")
         gone = deploy(None, (tmp_path / "gone", ""))
         self.refused(precompile(gone), "model 'm0': model: expected a diffusers folder")
         self.refused(precompile(deploy(None, (configs, 'scheduler = "Euler"\n'))), "model 'm0': models.scheduler")

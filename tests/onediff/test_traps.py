@@ -174,6 +174,34 @@ class TestMoves:
         assert pipe.unet.mid_block.resnets[0].conv1.weight is convolution
 
 
+class TestSealed:
+    """Nothing is compiled any more: not for a request, and not by `load` either."""
+
+    def test_what_was_loaded_is_served_and_nothing_else(self, few_regions: None, nothing_after: Any) -> None:
+        pipe = models.build("sdxl", "text2img")
+        handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), backend="onediff", on_miss="error")
+        with pytest.raises(ah.GraphMiss, match=r"compiles at start; to fill the gap: handle\.load"):
+            pipe(**models.arguments("sdxl", "text2img", *SIZE, num_inference_steps=2))
+        handle.load([SIZE], 2, batch_sizes=[2])
+        handle.seal()
+        nothing_after()
+        with handle.stats.expect(compiles=0, eager_calls=0):
+            pipe(**models.arguments("sdxl", "text2img", *SIZE, num_inference_steps=2))
+        with pytest.raises(ah.GraphMiss, match="not compiled in this process"):
+            handle.load([SIZES[0]], 2, batch_sizes=[2])
+        handle.remove()
+
+
+@pytest.fixture
+def nothing_after() -> Iterator[Callable[[], None]]:
+    """To be called at a point after which Dynamo must not compile anything in this test."""
+    from torch._dynamo.utils import counters
+
+    seen: list[int] = []
+    yield lambda: seen.append(counters["stats"]["unique_graphs"])
+    assert seen == [counters["stats"]["unique_graphs"]]
+
+
 class TestProcess:
     """What the backend does to the process that it works in."""
 
