@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from accel_hidiff import compat
 from accel_hidiff.families import Size
 from accel_hidiff.topology import Topology
 
@@ -47,10 +48,9 @@ class UNetCall:
         return self.shifts[first - self.first_shift : first - self.first_shift + count]
 
 
+@compat.thread_local
 class CallScope(threading.local):
     """Where patches find the call that they are in: `scope.call`, None outside of a call."""
-
-    __slots__ = ()  # none beside the thread's own attributes; where it is, Dynamo of torch 2.4 looks for those at all
 
     def __init__(self) -> None:
         self.call: UNetCall | None = None  # an attribute of the instance: Dynamo guards on where it finds it

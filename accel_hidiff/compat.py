@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from packaging.version import Version
 
@@ -19,6 +20,8 @@ AOT_TORCH = "2.11"  # the oldest whose AOTInductor is tested here
 STANCE_TORCH = "2.6"  # the first with `torch.compiler.set_stance`
 GUIDERS_DIFFUSERS = "0.42"  # the oldest whose guiders are tested here
 DTYPE_DIFFUSERS = "0.42"  # older ones may ignore `dtype`, and take `torch_dtype`
+
+_Kind = TypeVar("_Kind")
 
 
 def torch_version() -> Version:
@@ -56,12 +59,34 @@ def require_stance(backend: str) -> None:
         )
 
 
-def sym_min() -> Any:
-    """The smaller of two sizes, which may be symbolic, without a branch: `torch.sym_min`, or for a Dynamo that does not
-    know it, `min`, which it does."""
+def at_most_one() -> Callable[[int], int]:
+    """A function: the smaller of a size, maybe a symbolic one, and 1, without a branch. Dynamo of an old torch does not
+    know `torch.sym_min`."""
     import torch
 
-    return min if missing_for_aot() else torch.sym_min
+    return (lambda size: 2 * size // (size + 1)) if missing_for_aot() else (lambda size: torch.sym_min(size, 1))
+
+
+def thread_local(kind: type[_Kind]) -> type[_Kind]:
+    """For a subclass of `threading.local` that traced code reads: Dynamo of an old torch looks up its attributes as
+    Python does only if the class says that it has slots."""
+    if missing_for_aot():
+        setattr(kind, "__slots__", ())  # noqa: B010  # mypy knows no such attribute of a type
+    return kind
+
+
+def many_graphs() -> AbstractContextManager[Any]:
+    """While this is open, `torch.compile` makes any number of graphs of one code object.
+
+    Dynamo of an old torch splits a region where its `UNetCall` is opened; the parts behind that are code which all
+    regions share, and past its limit Dynamo would run them eager without a word.
+    """
+    if not missing_for_aot():
+        return nullcontext()
+    import torch._dynamo
+
+    limits: Any = {"cache_size_limit": 1 << 20, "accumulated_cache_size_limit": 1 << 20}
+    return torch._dynamo.config.patch(limits)
 
 
 def set_stance(stance: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from accel_hidiff import compat
 from accel_hidiff.backends.base import BoundRegion, Prepared
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
@@ -50,7 +51,7 @@ class InductorBackend:
                 return compiled(*tensors)
 
         try:
-            with torch.no_grad():
+            with torch.no_grad(), compat.many_graphs():
                 run(*graph.example())
         except Exception as problem:
             raise CompileFailed(f"{graph.region.path}: torch.compile failed: {_first_line(problem)}") from problem
