@@ -64,15 +64,19 @@ def at_most_one() -> Callable[[int], int]:
     know `torch.sym_min`."""
     import torch
 
-    return (lambda size: 2 * size // (size + 1)) if missing_for_aot() else (lambda size: torch.sym_min(size, 1))
+    return (lambda size: 2 * size // (size + 1)) if _old_dynamo() else (lambda size: torch.sym_min(size, 1))
 
 
 def thread_local(kind: type[_Kind]) -> type[_Kind]:
     """For a subclass of `threading.local` that traced code reads: Dynamo of an old torch looks up its attributes as
     Python does only if the class says that it has slots."""
-    if missing_for_aot():
+    if _old_dynamo():
         setattr(kind, "__slots__", ())  # noqa: B010  # mypy knows no such attribute of a type
     return kind
+
+
+def _old_dynamo() -> bool:
+    return torch_version() < Version(AOT_TORCH)
 
 
 def many_graphs() -> AbstractContextManager[Any]:
@@ -81,7 +85,7 @@ def many_graphs() -> AbstractContextManager[Any]:
     Dynamo of an old torch splits a region where its `UNetCall` is opened; the parts behind that are code which all
     regions share, and past its limit Dynamo would run them eager without a word.
     """
-    if not missing_for_aot():
+    if not _old_dynamo():
         return nullcontext()
     import torch._dynamo
 

@@ -141,7 +141,8 @@ class OneDiffConfig(_Config):
     """Backend "onediff": which of its compilers compiles, and how. docs/onediff.md tells what was verified where.
 
     Args:
-        compiler: "nexfort", "oneflow"; None: nexfort where it works, else oneflow.
+        compiler: "nexfort", "oneflow"; None: nexfort where it works, else oneflow; nexfort alone where a mode or an
+            option is given.
         mode: of nexfort, passed through ("jit", "O3", "max-autotune:cache-all", ...); the default is the one that the
             wheel on PyPI has all parts of.
         options: of the compiler, passed through: nexfort's options by name ("jit.freezing"), or fields of onediff's
@@ -168,6 +169,13 @@ class OneDiffConfig(_Config):
         "graph_file",
         "graph_file_device",
     )
+
+    @property
+    def compilers(self) -> tuple[str, ...]:
+        """Those that may be used, best first."""
+        if self.compiler is not None:
+            return (self.compiler,)
+        return ONEDIFF_COMPILERS if self.mode == NEXFORT_MODE and not self.options else ONEDIFF_COMPILERS[:1]
 
     def __post_init__(self) -> None:
         if self.compiler is not None:

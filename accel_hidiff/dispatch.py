@@ -87,7 +87,7 @@ class Dispatcher:
         found = self._graphs.get(name)
         if found is None:
             found = self._graphs.setdefault(name, self._resolve(name, facts(), graphs))  # it may have arrived already
-            if len(self._graphs) > _MAX_NAMES or self.binder.held > _MAX_BOUND:
+            if len(self._graphs) > _MAX_NAMES or (self.binder.held > _MAX_BOUND and self._can_bind_again):
                 self._shed()
         stats = self.binder.stats
         if found.calls:
@@ -103,7 +103,13 @@ class Dispatcher:
         with self._lock:
             kept = list(self._graphs.items())[len(self._graphs) // 2 :]
             self._graphs = dict(kept)
-            self.binder.keep_only({call.name for _, graph in kept for call in graph.calls.values()})
+            if self._can_bind_again:
+                self.binder.keep_only({call.name for _, graph in kept for call in graph.calls.values()})
+
+    @property
+    def _can_bind_again(self) -> bool:
+        """Whether a request gets back what was given up; else all of it was put there by `load`, to stay."""
+        return self.binder.backend.persistent or self.on_miss == "compile"
 
     # Once per request
 

@@ -132,5 +132,5 @@ def _gpu() -> Finding:
 
 
 def _onediff() -> Finding:
-    found = [try_compiler(compiler) for compiler in ONEDIFF_COMPILERS]
+    found = [try_compiler(compiler, anew=True) for compiler in ONEDIFF_COMPILERS]
     return Finding("backend onediff", any(each.usable for each in found), "; ".join(map(str, found)))

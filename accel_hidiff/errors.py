@@ -43,3 +43,14 @@ class CompileFailed(AccelHiDiffError, RuntimeError):
 
 class BenchFailed(AccelHiDiffError, RuntimeError):
     """A bench has nothing to run, or its reference does not run."""
+
+
+def first_line(problem: BaseException) -> str:
+    """Type and first line of an error; of the one that Dynamo wraps, where it does.
+
+    >>> first_line(ValueError("no\\nand more"))
+    'ValueError: no'
+    """
+    problem = getattr(problem, "inner_exception", problem)
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return f"{type(problem).__name__}: {lines[0][:300] if lines else ''}"

@@ -406,8 +406,8 @@ def accelerate(
     if on_miss == "background":
         if not chosen.persistent or cache is None:
             raise BadInput(
-                f'on_miss: expected "compile" or "eager" for backend {chosen.name!r}, got "background"; it compiles in '
-                "every process anew, so that no other one can do it"
+                f'on_miss: expected "error", "eager" or "compile" for backend {chosen.name!r}, got "background"; it '
+                "compiles in every process anew, so that no other one can do it"
             )
         cache.require_writable()
     if (previous := vars(pipe).get(_HANDLE)) is not None:

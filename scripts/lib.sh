@@ -7,19 +7,21 @@
 #   EXTRAS       install these extras in place of demo,test
 #   no-compiler  do not ask for a C++ compiler
 # Environment variables: PYTHON, the Python to start from (python3); CXX, the C++ compiler (g++).
-# A script may set, before it sources this: VENV, CONSTRAINTS, TORCH_VERSION, for an environment of its own.
+# `use_versions VENV CONSTRAINTS TORCH_VERSION`, before all others, asks for an environment of its own.
 
 set -euo pipefail
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV="${VENV:-.venv}"                              # a folder in the repository
-CONSTRAINTS="${CONSTRAINTS:-constraints.txt}"      # the versions in it
-TORCH_VERSION="${TORCH_VERSION:-2.13.0}"
+VENV=.venv CONSTRAINTS=constraints.txt TORCH_VERSION=2.13.0 # a folder in the repository, and the versions in it
 export HF_HUB_OFFLINE=1
 
 fail() { # MESSAGE [EXIT CODE]
     printf '%s: %s\n' "$(basename "$0")" "$1" >&2
     exit "${2:-2}"
+}
+
+use_versions() { # VENV CONSTRAINTS TORCH_VERSION
+    VENV="$1" CONSTRAINTS="$2" TORCH_VERSION="$3"
 }
 
 check_python() {

@@ -8,13 +8,12 @@
 #
 # Needs Python 3.11 or 3.12 (PYTHON names one), a C++ compiler, and 6 GB of disk; fetches 2.9 GB once.
 # First the backend: what doctor says, parity, traps, persistence, and backends side by side. Then the package's own tests on
-# these versions. Other arguments go to pytest, in both runs.
+# these versions. Other arguments go to pytest: to the backend's run, or with --core to the package's.
 
 set -euo pipefail
-# shellcheck disable=SC2034 # lib.sh reads them
-VENV=.venv-onediff CONSTRAINTS=constraints-onediff.txt TORCH_VERSION=2.4.0
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+use_versions .venv-onediff constraints-onediff.txt 2.4.0
 
 here=no backend=yes rest=()
 for argument in "$@"; do
@@ -42,6 +41,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONWARNINGS="ignore::FutureWar
 if [ "$backend" = yes ]; then
     "$PY" -m accel_hidiff.cli doctor
     "$PY" -m pytest -q tests/onediff ${rest[@]+"${rest[@]}"}
+    rest=()
     "$PY" -m accel_hidiff.cli bench --size 128x128 --steps 7 --threads 1 --repeats 5 --backends eager,aot,onediff
 fi
-exec "$PY" -m pytest -q tests/accel_hidiff tests/compiled/test_backends.py -k "not (whole or exact or residuals)" ${rest[@]+"${rest[@]}"}
+exec "$PY" -m pytest -q tests/accel_hidiff tests/compiled/test_backends.py ${rest[@]+"${rest[@]}"}

@@ -26,6 +26,7 @@ from accel_hidiff.config import NEXFORT_MODE, ONEDIFF_COMPILERS
 
 _PACKAGES: Final = ("torch", "triton", "diffusers", "transformers", "huggingface-hub", "numpy", "onediff", "onediffx")
 _VARIABLES: Final = ("NEXFORT_", "ONEFLOW_", "ONEDIFF_", "TORCH", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+_PLACES: Final = ("_DIR", "_HOME", "_THREADS")  # how variables end that change nothing of the outcome
 _SECONDS: Final = 300.0
 
 
@@ -65,7 +66,7 @@ def try_compiler(
 
     What was found is kept in `$XDG_CACHE_HOME/accel_hidiff` (`~/.cache/accel_hidiff`), under a key of everything that
     it depends on: versions and builds of the packages, interpreter, device, environment variables, mode and options.
-    What a trial that was stopped or killed found is not kept.
+    What may be gone the next time is not kept: a trial that was stopped or killed, a module that did not compile.
     """
     asked = json.dumps({"compiler": compiler, "mode": mode, "options": dict(options or {})}, sort_keys=True)
     if not _installed("onediff"):  # the usual case, and no reason to start anything
@@ -85,23 +86,34 @@ def _tried(compiler: str, asked: str, seconds: float) -> tuple[Availability, boo
     # This process's own path, so that both import the same.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads could fill up
-        try:
-            done = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=seconds, check=False
-            )
-        except subprocess.TimeoutExpired:
-            reason = f"the trial did not end in {seconds:g} s and was stopped; run it again on a quieter machine"
-            return Availability(compiler, False, reason), False
-        lines = done.stdout.strip().splitlines()
-        if done.returncode == 0 and lines:
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+        with subprocess.Popen(command, env=environment, text=True, process_group=0, **pipes) as process:
+            try:
+                text, _ = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                _kill(process)
+                reason = f"the trial did not end in {seconds:g} s and was stopped; run it again on a quieter machine"
+                return Availability(compiler, False, reason), False
+            except BaseException:
+                _kill(process)
+                raise
+        lines = text.strip().splitlines()
+        if process.returncode == 0 and lines:
             with suppress(ValueError, KeyError):
                 answer = json.loads(lines[-1])
-                return Availability(compiler, bool(answer["usable"]), str(answer["reason"])), True
+                return Availability(compiler, bool(answer["usable"]), str(answer["reason"])), bool(answer["lasting"])
         errors.seek(0)
         said = [line.strip() for line in errors.read().splitlines() if line.strip()]
-    ended = f"signal {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"code {done.returncode}"
+    code = process.returncode
+    ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
     told = f": {said[-1][:300]}" if said else ""
     return Availability(compiler, False, f"the trial ended with {ended}{told}"), False
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Ends it, and the compilers that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _installed(package: str) -> bool:
@@ -113,7 +125,9 @@ def _installed(package: str) -> bool:
 
 def _environment(asked: str) -> str:
     """SHA-256 over everything that the outcome depends on."""
-    variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    variables = {
+        name: value for name, value in os.environ.items() if name.startswith(_VARIABLES) and not name.endswith(_PLACES)
+    }
     builds = {package: _build(package) for package in (*_PACKAGES, *ONEDIFF_COMPILERS)}
     sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (trial, nexfort_wheel))
     source = hashlib.sha256(sources).hexdigest()

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from accel_hidiff.availability import nexfort_wheel
+from accel_hidiff.errors import first_line
 
 # What onediff 1.2.0 calls and releases of oneflow on PyPI do not have.
 ONEFLOW_SYMBOLS: Final = (
@@ -29,7 +30,15 @@ _LIMIT: Final = 1e-3  # max|compiled - eager| / max|eager|
 
 
 class Unavailable(Exception):
-    """Why it cannot be used, in one line."""
+    """Why it cannot be used, in one line.
+
+    Attributes:
+        lasting: it will be found again as long as the same packages are installed.
+    """
+
+    def __init__(self, reason: str, lasting: bool = True) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
 
 
 def attempt(compiler: str, mode: str, options: Mapping[str, Any]) -> None:
@@ -43,17 +52,33 @@ def attempt(compiler: str, mode: str, options: Mapping[str, Any]) -> None:
     for name in ("compile", "OneflowCompileOptions"):
         if not hasattr(infer_compiler, name):
             raise Unavailable(f"{_named('onediff')} lacks infer_compiler.{name}; needs onediff 1.2")
-    if compiler == "nexfort":
-        nexfort_wheel.repair()
-        given: Any = {"mode": mode, "dynamic": False, "fullgraph": True, "options": dict(options) or None}
-        asked = f"mode {mode!r}" + (f" and options {dict(options)!r}" if options else "")
-    else:
-        given = infer_compiler.OneflowCompileOptions(dynamic=False, **options)
-        asked = f"options {dict(options)!r}"
-    _compile_one(infer_compiler.compile, compiler, given, asked)
+    asked = f"options {dict(options)!r}" if compiler == "oneflow" else f"mode {mode!r}"
+    if options and compiler == "nexfort":
+        asked += f" and options {dict(options)!r}"
+    try:
+        if compiler == "nexfort":
+            nexfort_wheel.repair()
+            given: Any = {"mode": mode, "dynamic": False, "fullgraph": True, "options": dict(options) or None}
+        else:
+            given = infer_compiler.OneflowCompileOptions(dynamic=False, **options)
+        error = _relative_error(infer_compiler.compile, compiler, given)
+    except Exception as problem:
+        raise Unavailable(
+            f"{_named(compiler)} cannot compile a module with {asked}: {first_line(problem)}", lasting=False
+        ) from problem
+    if not error < _LIMIT:
+        told = f"{_named(compiler)} computes something else than eager: relative difference {error:.1e}"
+        raise Unavailable(told, lasting=False)
+    if compiler == "nexfort" and not _compiled_graphs():
+        raise Unavailable(
+            f"{_named(compiler)} ran the module eager; look for TORCHDYNAMO_DISABLE, TORCH_COMPILE_DISABLE or "
+            "onediff's fallback_to_eager, of which False means eager",
+            lasting=False,
+        )
 
 
-def _compile_one(compile_: Any, compiler: str, given: Any, asked: str) -> None:
+def _relative_error(compile_: Any, compiler: str, options: Any) -> float:
+    """max|compiled - eager| / max|eager| of a small module."""
     import torch
     from torch import nn
 
@@ -62,18 +87,8 @@ def _compile_one(compile_: Any, compiler: str, given: Any, asked: str) -> None:
     image = torch.randn(2, 4, 8, 12, device=device)
     with torch.no_grad():
         want = module(image)
-        try:
-            got = compile_(module, backend=compiler, options=given)(image)
-        except Exception as problem:
-            raise Unavailable(f"{_named(compiler)} cannot compile a module with {asked}: {_line(problem)}") from problem
-        error = float((got - want).abs().max() / want.abs().max())
-    if not error < _LIMIT:
-        raise Unavailable(f"{_named(compiler)} computes something else than eager: relative difference {error:.1e}")
-    if compiler == "nexfort" and not _compiled_graphs():
-        raise Unavailable(
-            f"{_named(compiler)} ran the module eager; look for TORCHDYNAMO_DISABLE, TORCH_COMPILE_DISABLE or "
-            "onediff's fallback_to_eager, of which False means eager"
-        )
+        got = compile_(module, backend=compiler, options=options)(image)
+        return float((got - want).abs().max() / want.abs().max())
 
 
 def _imported(name: str) -> Any:
@@ -102,8 +117,8 @@ def _import_error(problem: Exception) -> str:
         (library, built), (_, found) = versions[0], versions[-1]
         return f"was built for {library} {built}, this environment has {found}"
     if "undefined symbol" in str(problem):
-        return f"was built for another torch than {metadata.version('torch')}: {_line(problem)}"
-    return f"does not import: {_line(problem)}"
+        return f"was built for another torch than {metadata.version('torch')}: {first_line(problem)}"
+    return f"does not import: {first_line(problem)}"
 
 
 def _missing_of_oneflow(path: str) -> str:
@@ -132,20 +147,14 @@ def _named(package: str) -> str:
         return package
 
 
-def _line(problem: BaseException) -> str:
-    problem = getattr(problem, "inner_exception", problem)  # of the one that Dynamo wraps
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return f"{type(problem).__name__}: {lines[0][:300] if lines else ''}"
-
-
 def main() -> None:
     """The arguments are one JSON object: compiler, mode, options."""
     asked = json.loads(sys.argv[1])
     try:
         attempt(asked["compiler"], asked["mode"], asked["options"])
-        answer = {"usable": True, "reason": ""}
+        answer = {"usable": True, "reason": "", "lasting": True}
     except Unavailable as unavailable:
-        answer = {"usable": False, "reason": str(unavailable)}
+        answer = {"usable": False, "reason": str(unavailable), "lasting": unavailable.lasting}
     print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from accel_hidiff.backends.base import Backend, BoundRegion, Prepared
 from accel_hidiff.compat import require_aot
-from accel_hidiff.config import ONEDIFF_COMPILERS, OneDiffConfig, check_choice
+from accel_hidiff.config import OneDiffConfig, check_choice
 from accel_hidiff.errors import BadInput
 
 BACKENDS = ("aot", "inductor", "onediff", "eager")
@@ -44,13 +44,15 @@ def _onediff(config: OneDiffConfig) -> Backend:
     from accel_hidiff.availability.onediff import try_compiler
 
     found = []
-    for compiler in ONEDIFF_COMPILERS if config.compiler is None else (config.compiler,):
+    for compiler in config.compilers:
         found.append(try_compiler(compiler, config.mode, config.options))
         if found[-1].usable:
             break
     else:
         told = "; ".join(map(str, found))
-        raise BadInput(f"backend: expected one that works here, got {told}; use backend='inductor' or 'aot'")
+        raise BadInput(
+            f"backend: expected one that works here, got {told}; `accel-hidiff doctor` tells which others do"
+        )
     if found[-1].compiler == "nexfort":
         from accel_hidiff.backends.nexfort import NexfortBackend
 

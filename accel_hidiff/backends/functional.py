@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from accel_hidiff.errors import CompileFailed
+from accel_hidiff.errors import CompileFailed, first_line
 from accel_hidiff.regions import RegionGraph
 
 
@@ -70,10 +70,3 @@ def named_weights(module: nn.Module) -> tuple[tuple[str, ...], list[Tensor]]:
     """Names of parameters and buffers, and tensors over their memory that need no gradient; shared ones count once."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return tuple(named), [tensor.detach() for tensor in named.values()]
-
-
-def first_line(problem: BaseException) -> str:
-    """Type and first line of an error; of the one that Dynamo wraps."""
-    problem = getattr(problem, "inner_exception", problem)
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0] if lines else ''}"

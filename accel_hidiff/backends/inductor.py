@@ -11,7 +11,7 @@ import torch
 
 from accel_hidiff import compat
 from accel_hidiff.backends.base import BoundRegion, Prepared
-from accel_hidiff.errors import CompileFailed
+from accel_hidiff.errors import CompileFailed, first_line
 from accel_hidiff.regions import RegionGraph
 from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
 
@@ -54,7 +54,7 @@ class InductorBackend:
             with torch.no_grad(), compat.many_graphs():
                 run(*graph.example())
         except Exception as problem:
-            raise CompileFailed(f"{graph.region.path}: torch.compile failed: {_first_line(problem)}") from problem
+            raise CompileFailed(f"{graph.region.path}: torch.compile failed: {first_line(problem)}") from problem
         return BoundRegion(run, graph.bucket, compiled=True)
 
 
@@ -68,8 +68,3 @@ def _own_code(module: torch.nn.Module) -> Any:
 
     code: types.CodeType = run.__code__.replace()
     return types.FunctionType(code, run.__globals__, "run", None, run.__closure__)
-
-
-def _first_line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0] if lines else ''}"

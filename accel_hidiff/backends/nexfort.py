@@ -7,6 +7,9 @@ taken over from the compiler as it is made, and called as it is: what fits a gra
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -18,15 +21,17 @@ from typing import Any, Final
 
 import diffusers  # noqa: F401 - before onediff, which looks at what is imported already
 import torch
+import torch._inductor.config
 from torch import Tensor, fx
 
 import accel_hidiff
 from accel_hidiff.availability import nexfort_wheel
 from accel_hidiff.backends.base import BoundRegion, Prepared
-from accel_hidiff.backends.functional import FunctionalGraph, first_line, named_weights, trace
+from accel_hidiff.backends.functional import FunctionalGraph, named_weights, trace
 from accel_hidiff.backends.inductor_files import inductor_files, libraries
 from accel_hidiff.config import OneDiffConfig
-from accel_hidiff.errors import CompileFailed
+from accel_hidiff.errors import CompileFailed, first_line
+from accel_hidiff.parity import limit_of, wrong
 from accel_hidiff.regions import RegionGraph
 from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
 from compile_cache.environment import environment_factors
@@ -34,8 +39,6 @@ from compile_cache.environment import environment_factors
 _FOLDER: Final = "inductor"
 _MAX_PROGRAMS: Final = 1024
 _WARM_CALLS: Final = 3  # TorchScript watches the first calls and then optimizes: not in a request
-_ERROR_LIMIT: Final = {torch.float32: 1e-3, torch.float64: 1e-6}  # max|compiled - eager| / max|eager|
-_ERROR_LIMIT_HALF: Final = 5e-2
 
 Run = Callable[..., Any]
 
@@ -60,8 +63,6 @@ class NexfortBackend:
         self.mode = config.mode
         self.persistent = "jit" not in config.mode.split(":")
         nexfort_wheel.repair()
-        self._programs: OrderedDict[str, _Program] = OrderedDict()
-        self._lock = threading.RLock()
 
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         return {
@@ -69,6 +70,7 @@ class NexfortBackend:
             "compiler": "nexfort",
             "mode": self.mode,
             "options": dict(self.spec.options),
+            "settings": _settings(),
             **_environment(device.type),
         }
 
@@ -91,7 +93,7 @@ class NexfortBackend:
                     f"{graph.region.path}: expected mode {self.mode!r} to leave compiled code in files, it left none; "
                     'use mode="jit", which compiles in every process, or another one'
                 )
-            self._keep(key.digest, program)
+            _programs.keep(key.digest, program)
             seconds = round(time.perf_counter() - start, 2)
             return {"region": graph.region.kind, "serves": graph.bucket.to_json(), "seconds": seconds}
 
@@ -103,17 +105,18 @@ class NexfortBackend:
         return ShapeBucket.from_json(serves)
 
     def ready(self, key: CacheKey) -> bool:
-        return key.digest in self._programs
+        return _programs.get(key.digest) is not None
 
     def bind(self, graph: RegionGraph, entry: Entry | None) -> BoundRegion | None:
         """The program of this graph over the region's weights; made now if no equal region had it before."""
-        digest = graph.key(self.factors(graph.device)).digest
+        digest = graph.key(self.factors(graph.device)).digest if entry is None else entry.digest
         compiled = False
-        with self._lock:
-            program = self._programs.get(digest)
+        with _programs.lock:
+            program = _programs.get(digest)
             if program is None:
-                program, compiled = self._made(graph, entry)
-            self._keep(digest, program)
+                program = self._compile(graph) if entry is None else self._loaded(graph, entry)
+                compiled = entry is None
+            _programs.keep(digest, program)
         names, weights = named_weights(graph.region.graph_module(graph.traits))
         if names != program.names:
             raise CompileFailed(
@@ -121,22 +124,17 @@ class NexfortBackend:
             )
         return BoundRegion(program.over(weights), graph.bucket, compiled)
 
-    def _keep(self, digest: str, program: _Program) -> None:
-        with self._lock:
-            self._programs[digest] = program
-            self._programs.move_to_end(digest)
-            while len(self._programs) > _MAX_PROGRAMS:
-                self._programs.popitem(last=False)
-
-    def _made(self, graph: RegionGraph, entry: Entry | None) -> tuple[_Program, bool]:
-        """A program, and whether native code was compiled for it."""
-        if entry is None:
-            return self._compile(graph), True
+    def _loaded(self, graph: RegionGraph, entry: Entry) -> _Program:
         folder = entry.path / _FOLDER
         before = libraries(folder)
         with inductor_files(folder):
             program = self._compile(graph)
-        return program, libraries(folder) != before
+        if libraries(folder) != before:
+            raise CompileFailed(
+                f"{graph.region.path}: expected artifact {entry.digest[:12]} to hold all code, Inductor compiled more: "
+                "something that it depends on is not in its key; delete it and compile again here, or use mode='jit'"
+            )
+        return program
 
     def _compile(self, graph: RegionGraph) -> _Program:
         traced = trace(graph)
@@ -147,12 +145,13 @@ class NexfortBackend:
             want = _tensors(traced.module(weights, *traced.inputs))
             for _ in range(_WARM_CALLS):
                 got = _tensors(call(*traced.inputs))
-        error = max((_difference(one, other) for one, other in zip(got, want, strict=False)), default=0.0)
-        limit = _ERROR_LIMIT.get(graph.dtype, _ERROR_LIMIT_HALF)
-        if [tensor.shape for tensor in got] != [tensor.shape for tensor in want] or not error < limit:
+        told = "" if len(got) == len(want) else f"{len(got)} tensors, expected {len(want)}"
+        for one, other in zip(got, want, strict=False):
+            told = told or wrong(one, other, limit_of(graph.dtype))[1]
+        if told:
             raise CompileFailed(
-                f"{graph.region.path}: nexfort ({self.mode}) computes something else than eager: relative difference "
-                f"{error:.1e}, expected below {limit:g}; try another mode, or backend='inductor'"
+                f"{graph.region.path}: nexfort ({self.mode}) computes something else than eager: {told}; try another "
+                "mode, or backend='inductor'"
             )
         return program
 
@@ -189,6 +188,45 @@ class NexfortBackend:
         if -1 in order:
             raise CompileFailed(f"{graph.region.path}: nexfort's program takes an input that is none of the region's")
         return _Program(run, order, traced)
+
+
+class _Programs:
+    """The programs of this process, by the digest of their graph's key; the least recently bound ones go."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._held: OrderedDict[str, _Program] = OrderedDict()
+
+    def get(self, digest: str) -> _Program | None:
+        """The program of a graph, if it is there."""
+        return self._held.get(digest)
+
+    def keep(self, digest: str, program: _Program) -> None:
+        """Holds a program."""
+        with self.lock:
+            self._held[digest] = program
+            self._held.move_to_end(digest)
+            while len(self._held) > _MAX_PROGRAMS:
+                self._held.popitem(last=False)
+
+
+_programs = _Programs()
+
+
+def _settings() -> Mapping[str, Any]:
+    """What of this process's state Inductor's code depends on, and what nexfort reads from the environment."""
+    text = json.dumps(torch._inductor.config.save_config_portable(), sort_keys=True, default=str)
+    matmul = torch.backends.cuda.matmul
+    return {
+        "inductor": hashlib.sha256(text.encode()).hexdigest(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "reduced precision": [
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
+        ],
+        "variables": {name: value for name, value in os.environ.items() if name.startswith("NEXFORT_")},
+    }
 
 
 @lru_cache(maxsize=4)
@@ -228,10 +266,3 @@ class _Program:
 
 def _tensors(out: Any) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else tuple(out)
-
-
-def _difference(got: Tensor, want: Tensor) -> float:
-    if got.shape != want.shape:
-        return float("inf")
-    scale = want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
-    return float(((got - want).abs().max() / scale).float())

@@ -6,6 +6,7 @@ onediff (docs/onediff.md tells how to verify it where a build is at hand).
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import time
@@ -20,9 +21,8 @@ from torch import Tensor, nn
 
 import accel_hidiff
 from accel_hidiff.backends.base import BoundRegion, Prepared
-from accel_hidiff.backends.functional import first_line
 from accel_hidiff.config import OneDiffConfig
-from accel_hidiff.errors import BadInput, CompileFailed
+from accel_hidiff.errors import BadInput, CompileFailed, first_line
 from accel_hidiff.regions import RegionGraph
 from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
 from compile_cache.environment import environment_factors
@@ -49,6 +49,10 @@ class OneflowBackend:
     def __init__(self, config: OneDiffConfig) -> None:
         claim_process(config.options)
         self.spec = config
+        # onediff sets oneflow's variables at its first compilation, so that keys would differ before and after it.
+        env_var = importlib.import_module("onediff.infer_compiler.backends.env_var")
+        env_var.set_oneflow_default_env_vars()
+        env_var.set_oneflow_env_vars(self._options())
 
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         return {
@@ -110,12 +114,15 @@ class OneflowBackend:
 
     def _deployable(self, module: nn.Module) -> Any:
         """onediff's callable of a module, with no graph in it yet."""
-        from onediff.infer_compiler import OneflowCompileOptions
         from onediff.infer_compiler import compile as onediff_compile
 
+        return onediff_compile(module, backend="oneflow", options=self._options())
+
+    def _options(self) -> Any:
+        from onediff.infer_compiler import OneflowCompileOptions
+
         # One size for each object, and no graph file of onediff's: its name would tell no shapes, dtypes or versions.
-        options = OneflowCompileOptions(dynamic=False, max_cached_graph_size=1, graph_file=None, **self.spec.options)
-        return onediff_compile(module, backend="oneflow", options=options)
+        return OneflowCompileOptions(dynamic=False, max_cached_graph_size=1, graph_file=None, **self.spec.options)
 
 
 _claimed: dict[str, Any] | None = None

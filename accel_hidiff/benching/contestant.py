@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel_hidiff.benching.compare import limit_of, wrong
 from accel_hidiff.benching.inputs import unet_inputs
 from accel_hidiff.benching.options import REFERENCE, Case, Options
 from accel_hidiff.config import HiDiffusionConfig
 from accel_hidiff.errors import BadInput, CompileFailed
 from accel_hidiff.models import load_pipeline
+from accel_hidiff.parity import limit_of, wrong
 from accel_hidiff.pipeline import accelerate
 from accel_hidiff.schedule import LATENT_CELL
 

@@ -80,6 +80,7 @@ class TestNotInstalled:
             create_backend("onediff")
         assert told in str(caught.value) and "use backend='inductor'" in str(caught.value)
 
+    @pytest.mark.slow
     def test_no_compiler_beside_a_real_onediff(
         self, wheel: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -235,6 +236,20 @@ class TestMemory:
             assert refused() == first
         assert tries() == 5
         assert list((no_memory / "accel_hidiff").iterdir()) == [file]
+
+    def test_what_may_be_gone_the_next_time_is_not_kept(self, install: Install, no_memory: Path) -> None:
+        module = "onediff/infer_compiler.py"
+        body = "raise RuntimeError('CUDA out of memory')"
+        install("onediff", "1.2.0", {**ONEDIFF, module: ONEDIFF[module] + COMPILE.format(body=body)})
+        install("nexfort", "9.0", {"nexfort/__init__.py": ""})
+        assert refused() == "nexfort 9.0 cannot compile a module with mode 'jit': RuntimeError: CUDA out of memory"
+        assert not no_memory.exists()
+
+    def test_where_caches_lie_changes_nothing(self, tries: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+        refused()
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+        refused()
+        assert tries() == 1
 
     def test_a_place_that_cannot_be_written(
         self, tries: Callable[[], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

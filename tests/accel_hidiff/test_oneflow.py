@@ -39,14 +39,25 @@ class nn:
 }
 ONEDIFF = {
     "onediff/__init__.py": "",
-    "onediff/infer_compiler.py": """
+    "onediff/infer_compiler/backends/__init__.py": "",
+    "onediff/infer_compiler/backends/env_var.py": """
+import os
+
+def set_oneflow_default_env_vars():
+    os.environ.setdefault("ONEFLOW_RUN_GRAPH_BY_VM", "1")
+    os.environ.setdefault("ONEFLOW_MLIR_CSE", "1")
+
+def set_oneflow_env_vars(options):
+    if options.mlir_cse is not None:
+        os.environ["ONEFLOW_MLIR_CSE"] = str(int(options.mlir_cse))
+""",
+    "onediff/infer_compiler/__init__.py": """
 import json, os
+from .backends.env_var import set_oneflow_default_env_vars, set_oneflow_env_vars
 
 class OneflowCompileOptions:
     def __init__(self, dynamic=True, max_cached_graph_size=9, graph_file=None, mlir_cse=None):
-        self.dynamic, self.size, self.file = dynamic, max_cached_graph_size, graph_file
-        if mlir_cse is not None:
-            os.environ["ONEFLOW_MLIR_CSE"] = str(int(mlir_cse))
+        self.dynamic, self.size, self.file, self.mlir_cse = dynamic, max_cached_graph_size, graph_file, mlir_cse
 
 class Deployable:
     made, built, fault = [], 0, ""
@@ -80,6 +91,8 @@ class Deployable:
 
 def compile(module, *, backend, options):
     assert backend == "oneflow"
+    set_oneflow_default_env_vars()
+    set_oneflow_env_vars(options)
     return Deployable(module, options)
 """,
 }
@@ -120,12 +133,22 @@ def latents(pipe: Any, size: tuple[int, int]) -> torch.Tensor:
     return out
 
 
-def test_graphs_are_saved_under_our_keys_and_loaded_by_the_next_process(deployable: Any, tmp_path: Path) -> None:
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process that has not used oneflow yet."""
+    monkeypatch.setattr(oneflow, "_claimed", None)
+    for name in [name for name in os.environ if name.startswith("ONEFLOW_")]:
+        monkeypatch.delenv(name)
+
+
+def test_graphs_are_saved_under_our_keys_and_loaded_by_the_next_process(
+    deployable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = accelerate(tmp_path / "cache")
     report = first.precompile(SIZES, STEPS, batch_sizes=[2])
     assert report.compiled == deployable.built == report.artifacts > 2
     first.remove()
     deployable.built = 0
+    fresh_process(monkeypatch)
     second = accelerate(tmp_path / "cache", "error")
     assert {row.state for row in second.explain(*SIZES[0], STEPS).rows} == {"cached"}
     eager = models.build("sdxl", "text2img")
@@ -184,14 +207,22 @@ def test_a_moved_model_is_another_graph(deployable: Any, tmp_path: Path) -> None
     assert rows[0].state.startswith("missing") and rows[0].key not in before
 
 
-def test_options_are_the_whole_processs(deployable: Any, tmp_path: Path) -> None:
-    plain = accelerate(tmp_path / "cache")
-    key = plain.explain(*SIZES[0], STEPS).rows[0].key
-    plain.remove()
-    with pytest.raises(ah.BadInput, match=r"which this process uses with oneflow already, got \{'mlir_cse': True\}"):
-        accelerate(tmp_path / "cache", options={"mlir_cse": True})
-    os.environ["ONEFLOW_MLIR_CSE"] = "0"
-    assert accelerate(tmp_path / "cache").explain(*SIZES[0], STEPS).rows[0].key != key
+def test_options_are_the_whole_processs(deployable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(**fields: Any) -> str:
+        handle = accelerate(tmp_path / "cache", **fields)
+        found = handle.explain(*SIZES[0], STEPS).rows[0].key
+        handle.remove()
+        return found
+
+    plain = key()
+    with pytest.raises(ah.BadInput, match=r"which this process uses with oneflow already, got \{'mlir_cse': False\}"):
+        key(options={"mlir_cse": False})
+    assert key() == plain
+    fresh_process(monkeypatch)
+    assert key(options={"mlir_cse": False}) != plain
+    fresh_process(monkeypatch)
+    monkeypatch.setenv("ONEFLOW_RUN_GRAPH_BY_VM", "0")
+    assert key() != plain
 
 
 def test_it_needs_a_cache(deployable: Any) -> None:

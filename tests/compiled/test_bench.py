@@ -21,7 +21,6 @@ import torch
 from rich.console import Console
 
 import accel_hidiff as ah
-from accel_hidiff.benching.compare import limit_of, wrong
 from accel_hidiff.benching.inputs import unet_inputs
 from accel_hidiff.benching.options import BENCHED, Case, Options
 from accel_hidiff.benching.report import Report, Row
@@ -29,6 +28,7 @@ from accel_hidiff.benching.turns import Outcome, compete
 from accel_hidiff.cli import run
 from accel_hidiff.demo import save_model, tiny_config
 from accel_hidiff.doctor import Finding, examine_backend
+from accel_hidiff.parity import limit_of, wrong
 from tests import models
 from tests.compiled.conftest import STEPS
 

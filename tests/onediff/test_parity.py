@@ -57,6 +57,18 @@ def test_equal_regions_share_a_program(sdxl: Pair) -> None:
     assert sdxl.handle.stats.bindings > sdxl.handle.stats.compiles
 
 
+def test_another_checkpoint_of_the_architecture_compiles_nothing(sdxl: Pair, nothing_compiled: None) -> None:
+    served, eager = (models.build("sdxl", "text2img", seed=1) for _ in range(2))
+    handle = ah.accelerate(served, hidiffusion=ah.HiDiffusionConfig(), backend="onediff", on_miss="error")
+    ah.apply_hidiffusion(eager)
+    asked = {"num_inference_steps": STEPS}
+    with handle.stats.expect(compiles=0, eager_calls=0):
+        got = served(**models.arguments("sdxl", "text2img", *SIZES[2], **asked)).images
+    want = eager(**models.arguments("sdxl", "text2img", *SIZES[2], **asked)).images
+    assert relative_difference(got, want) < 5e-3
+    handle.remove()
+
+
 def test_explain_tells_what_compiles_at_start(sdxl: Pair) -> None:
     assert {row.state for row in sdxl.before.rows} == {"compiles at start"} and not sdxl.before.ready
     now = sdxl.handle.explain(*SIZES[1], STEPS)

@@ -21,7 +21,8 @@ from tests import models
 from tests.compiled.conftest import relative_difference
 
 torch.set_num_threads(1)
-mode, cache, policy = sys.argv[1:]
+mode, cache, policy, deterministic = sys.argv[1:]
+torch.use_deterministic_algorithms(deterministic == "True", warn_only=True)
 two = "down_blocks.1.attentions.0", "mid_block.resnets.0"
 served.find_blocks = lambda unet: [(path, unet.get_submodule(path)) for path in two]
 pipe, eager = models.build("sdxl", "text2img"), models.build("sdxl", "text2img")
@@ -30,6 +31,11 @@ handle = ah.accelerate(pipe, hidiffusion=config, backend=ah.OneDiffConfig(mode=m
 state = handle.explain(128, 192, 1).rows[0].state
 ah.apply_hidiffusion(eager, config=config)
 start = time.perf_counter()
+try:
+    handle._dispatcher.load(handle._graphs.unet(handle.patch.plan(128, 192, 1).at(0), 128, 192, 2))
+except ah.GraphMiss as missing:
+    print(json.dumps({"state": state, "missing": str(missing)}))
+    raise SystemExit
 got = pipe(**models.arguments("sdxl", "text2img", 128, 192, num_inference_steps=1)).images
 seconds = time.perf_counter() - start
 want = eager(**models.arguments("sdxl", "text2img", 128, 192, num_inference_steps=1)).images
@@ -39,9 +45,9 @@ print(json.dumps({"state": state, "compiles": handle.stats.compiles, "seconds": 
 """
 
 
-def run(mode: str, cache: Path, policy: str, **environment: str) -> dict[str, Any]:
+def run(mode: str, cache: Path, policy: str, deterministic: bool = False, **environment: str) -> dict[str, Any]:
     """A process of its own that serves one request; what it found."""
-    command = [sys.executable, "-c", SCRIPT, mode, str(cache), policy]
+    command = [sys.executable, "-c", SCRIPT, mode, str(cache), policy, str(deterministic)]
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, cwd=Path.cwd()
     )
@@ -59,6 +65,10 @@ def test_a_mode_that_uses_inductor_compiles_in_one_process_only(tmp_path: Path) 
     assert second["state"] == "cached" and second["compiles"] == 0 and second["error"] < 5e-3
     assert (second["hit"], second["miss"], second["bypass"]) == (2, 0, 0)
     assert second["seconds"] < first["seconds"]
+    other = run("O2", cache, "error", deterministic=True, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "third"))
+    assert other["state"] == "missing 2 of 2 artifacts" and "differs in settings.deterministic" in other["missing"]
+    options = {"TORCHINDUCTOR_PERMUTE_FUSION": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "fourth")}
+    assert run("O2", cache, "error", **options)["state"] == "missing 2 of 2 artifacts"
 
 
 def test_jit_leaves_nothing_that_could_be_kept(tmp_path: Path) -> None:

@@ -212,7 +212,9 @@ class TestProcess:
         handle.load([SIZE], 2, batch_sizes=[2])
         assert dict(os.environ) == before
 
-    def test_diffusers_comes_before_onediff_and_oneflow_not_at_all(self) -> None:
+    def test_diffusers_comes_before_onediff_and_oneflow_not_at_all(self, tmp_path: Path) -> None:
+        """There is a oneflow here, and importing it ends the process."""
+        (tmp_path / "oneflow.py").write_text("import os\nos._exit(9)\n")
         script = (
             "import sys, accel_hidiff.backends as b\n"
             "from accel_hidiff.config import OneDiffConfig\n"
@@ -222,7 +224,8 @@ class TestProcess:
             "assert names.index('diffusers') < names.index('onediff'), 'order'\n"
             "assert not any(name.split('.')[0] == 'oneflow' for name in names), 'oneflow'\n"
         )
-        subprocess.run([sys.executable, "-c", script], check=True)
+        path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+        subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": path})
 
     def test_a_switched_off_compiler_is_told(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Whoever switches Dynamo off gets eager from onediff, without a word."""

@@ -1,4 +1,4 @@
-"""Two outputs of the same UNet call: how far they are apart, and how far they may be."""
+"""Two outputs of the same graph: how far they are apart, and how far they may be."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _LIMIT_HALF: Final = 5e-2  # float16 and bfloat16
 
 
 def limit_of(dtype: torch.dtype) -> float:
-    """What `relative_error` has to stay below for a UNet of this dtype."""
+    """What `relative_error` has to stay below for a model of this dtype."""
     return _LIMIT_HALF if dtype in (torch.float16, torch.bfloat16) else _LIMIT
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """max|got - want| / max|want|; not a number where one of the two holds none.
+    """max|got - want| / max|want|; 0 where they are equal, not a number where one of the two holds none.
 
     Raises:
         ValueError: the shapes differ.
@@ -26,7 +26,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape:
         raise ValueError(f"expected shape {tuple(want.shape)}, got {tuple(got.shape)}")
     wanted = want.double()
-    return float((got.double() - wanted).abs().max() / wanted.abs().max())
+    apart = (got.double() - wanted).abs().max()
+    return float(apart / wanted.abs().max()) if apart != 0 else 0.0
 
 
 def wrong(got: Tensor, want: Tensor, limit: float) -> tuple[float | None, str]:
