@@ -23,10 +23,8 @@ class Pair:
 
     def __init__(self, layout: str) -> None:
         import accel_hidiff as ah
-        from accel_hidiff.backends import nexfort
         from tests import models
 
-        nexfort._programs = nexfort._Programs()  # what other tests compiled in this process would be found
         self.layout = layout
         self.served, self.eager = models.build(layout, "text2img"), models.build(layout, "text2img")
         self.handle = ah.accelerate(self.served, hidiffusion=ah.HiDiffusionConfig(), backend="onediff", on_miss="error")
