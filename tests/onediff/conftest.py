@@ -63,6 +63,14 @@ def sdxl() -> Pair:
 
 
 @pytest.fixture
+def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of the programs that other tests left in this process."""
+    from accel_hidiff.backends import nexfort
+
+    monkeypatch.setattr(nexfort, "_programs", nexfort._Programs())
+
+
+@pytest.fixture
 def nothing_compiled() -> Iterator[None]:
     """Fails a test in which Dynamo compiled something."""
     from torch._dynamo.utils import counters

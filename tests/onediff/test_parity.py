@@ -82,7 +82,7 @@ def test_a_size_that_was_not_loaded_is_refused(sdxl: Pair, nothing_compiled: Non
         sdxl.images(192, 192)
 
 
-def test_cfgpp_and_whole_models() -> None:
+def test_cfgpp_and_whole_models(no_programs: None) -> None:
     """A whole UNet as one program, and the compiled step of CFG++."""
     served, eager = models.build("sdxl", "text2img"), models.build("sdxl", "text2img")
     options = {"hidiffusion": ah.HiDiffusionConfig(), "guidance": ah.CFGPlusPlusConfig(0.6)}

@@ -87,7 +87,7 @@ class TestWeights:
 
 
 @pytest.fixture
-def few_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_regions(monkeypatch: pytest.MonkeyPatch, no_programs: None) -> None:
     """Two regions are compiled, one of them windowed; the rest runs eager, for time."""
     from accel_hidiff import served
 
