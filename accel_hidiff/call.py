@@ -14,14 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from accel_hidiff import compat
 from accel_hidiff.families import Size
 from accel_hidiff.topology import Topology
 
 RegionCall = Callable[..., Any]  # tensors in, a tensor or a tuple of them out
 
 
-@dataclass
+@dataclass(slots=True)
 class UNetCall:
     """One call of a patched UNet.
 
@@ -48,7 +47,6 @@ class UNetCall:
         return self.shifts[first - self.first_shift : first - self.first_shift + count]
 
 
-@compat.thread_local
 class CallScope(threading.local):
     """Where patches find the call that they are in: `scope.call`, None outside of a call."""
 

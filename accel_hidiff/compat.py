@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from packaging.version import Version
 
@@ -20,8 +19,6 @@ AOT_TORCH = "2.11"  # the oldest whose AOTInductor is tested here
 STANCE_TORCH = "2.6"  # the first with `torch.compiler.set_stance`
 GUIDERS_DIFFUSERS = "0.42"  # the oldest whose guiders are tested here
 DTYPE_DIFFUSERS = "0.42"  # older ones may ignore `dtype`, and take `torch_dtype`
-
-_Kind = TypeVar("_Kind")
 
 
 def torch_version() -> Version:
@@ -49,48 +46,9 @@ def require_aot() -> None:
         raise BadInput(f'backend: "aot" {missing}; install a newer torch, or use "inductor" or "eager"')
 
 
-def require_stance(backend: str) -> None:
-    """BadInput where torch cannot refuse to compile and this backend leaves programs to `torch.compile`."""
-    version = torch_version()
-    if backend == "inductor" and version < Version(STANCE_TORCH):
-        raise BadInput(
-            f"seal: expected torch >= {STANCE_TORCH} for backend {backend!r}, got {version}, which cannot be kept from "
-            "compiling; install a newer torch, or do without"
-        )
-
-
-def at_most_one() -> Callable[[int], int]:
-    """A function: the smaller of a size, maybe a symbolic one, and 1, without a branch. Dynamo of an old torch does not
-    know `torch.sym_min`."""
-    import torch
-
-    return (lambda size: 2 * size // (size + 1)) if _old_dynamo() else (lambda size: torch.sym_min(size, 1))
-
-
-def thread_local(kind: type[_Kind]) -> type[_Kind]:
-    """For a subclass of `threading.local` that traced code reads: Dynamo of an old torch looks up its attributes as
-    Python does only if the class says that it has slots."""
-    if _old_dynamo():
-        setattr(kind, "__slots__", ())  # noqa: B010  # mypy knows no such attribute of a type
-    return kind
-
-
-def _old_dynamo() -> bool:
-    return torch_version() < Version(AOT_TORCH)
-
-
-def many_graphs() -> AbstractContextManager[Any]:
-    """While this is open, `torch.compile` makes any number of graphs of one code object.
-
-    Dynamo of an old torch splits a region where its `UNetCall` is opened; the parts behind that are code which all
-    regions share, and past its limit Dynamo would run them eager without a word.
-    """
-    if not _old_dynamo():
-        return nullcontext()
-    import torch._dynamo
-
-    limits: Any = {"cache_size_limit": 1 << 20, "accumulated_cache_size_limit": 1 << 20}
-    return torch._dynamo.config.patch(limits)
+def dynamo_traces_regions() -> bool:
+    """Whether `torch.compile` takes a region as it is, for a range of sizes, and does not split it."""
+    return torch_version() >= Version(AOT_TORCH)
 
 
 def set_stance(stance: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from accel_hidiff import compat, sealing
+from accel_hidiff import sealing
 from accel_hidiff.backends import create_backend
 from accel_hidiff.binder import Binder, Graphs
 from accel_hidiff.cfgpp.compiled import CompiledStep
@@ -272,13 +272,12 @@ class Handle:
 
         Call it after `load`. `torch.compiler.set_stance("fail_on_recompile")` then holds for the whole process, until
         the last sealed handle is removed: a `torch.compile` elsewhere in it raises where it would compile. The remote
-        of the cache is not asked any more. A graph that is missing raises `GraphMiss` as before.
+        of the cache is not asked any more. A graph that is missing raises `GraphMiss` as before. A torch older than
+        2.6 has no stances: there, a `torch.compile` elsewhere compiles as before.
 
         Raises:
-            BadInput: `on_miss` is not "error"; or torch is older than 2.6, which has no stances, and the backend
-                leaves programs to `torch.compile` (with "eager", a `torch.compile` elsewhere compiles there as before).
+            BadInput: `on_miss` is not "error".
         """
-        compat.require_stance(self._dispatcher.binder.backend.name)
         self._dispatcher.seal()
         if not self._sealed:
             sealing.hold()

@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel_hidiff import compat
-
 Attention = Callable[[Tensor], Tensor]
-_at_most_one = compat.at_most_one()
 
 
 def window_indices(height: int, width: int, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +28,7 @@ def window_indices(height: int, width: int, shift: Tensor) -> tuple[Tensor, Tens
     """
     window_height, window_width = height // 2, width // 2
     step_y = window_height // 4
-    step_x = (window_width // 4) * _at_most_one(step_y)
+    step_x = (window_width // 4) * torch.sym_min(step_y, 1)
     y, x = torch.arange(height, device=shift.device), torch.arange(width, device=shift.device)
     rows, columns = (y + shift * step_y) % height, (x + shift * step_x) % width
     gather = rows.view(2, 1, window_height, 1) * width + columns.view(1, 2, 1, window_width)

@@ -27,6 +27,12 @@ def aot() -> None:
         pytest.skip(f"backend aot {_NO_AOT}")
 
 
+def whole_regions() -> None:
+    """Skips the test where `torch.compile` splits regions, so that another backend goes by its name."""
+    if not compat.dynamo_traces_regions():
+        pytest.skip("torch.compile does not trace whole regions here")
+
+
 def diffusers_class(name: str) -> None:
     """Skips the test where diffusers does not have this class yet."""
     if not hasattr(diffusers, name):

@@ -6,7 +6,7 @@ All share the small protocol `Backend`; `create_backend` makes one by name.
 from __future__ import annotations
 
 from accel_hidiff.backends.base import Backend, BoundRegion, Prepared
-from accel_hidiff.compat import require_aot
+from accel_hidiff.compat import dynamo_traces_regions, require_aot
 from accel_hidiff.config import OneDiffConfig, check_choice
 from accel_hidiff.errors import BadInput
 
@@ -33,8 +33,9 @@ def create_backend(spec: str | OneDiffConfig) -> Backend:
         return AOTBackend()
     if spec == "inductor":
         from accel_hidiff.backends.inductor import InductorBackend
+        from accel_hidiff.backends.inductor_exact import ExactInductorBackend
 
-        return InductorBackend()
+        return InductorBackend() if dynamo_traces_regions() else ExactInductorBackend()
     from accel_hidiff.backends.eager import EagerBackend
 
     return EagerBackend()

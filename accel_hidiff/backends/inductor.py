@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from accel_hidiff import compat
 from accel_hidiff.backends.base import BoundRegion, Prepared
 from accel_hidiff.errors import CompileFailed, first_line
 from accel_hidiff.regions import RegionGraph
@@ -51,7 +50,7 @@ class InductorBackend:
                 return compiled(*tensors)
 
         try:
-            with torch.no_grad(), compat.many_graphs():
+            with torch.no_grad():
                 run(*graph.example())
         except Exception as problem:
             raise CompileFailed(f"{graph.region.path}: torch.compile failed: {first_line(problem)}") from problem

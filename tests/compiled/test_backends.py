@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import accel_hidiff as ah
-from tests import models
+from accel_hidiff import backends
+from tests import models, needs
 from tests.compiled.conftest import STEPS, relative_difference, request, unet_inputs
 from tests.needs import needs_aot
 
@@ -97,26 +98,35 @@ def test_exact_shapes_compile_one_graph_per_size(make_pipe: Any, eager: Any, tmp
         assert relative_difference(bound(*example), graph.region.graph_module(graph.traits)(*example)) < 1e-3
 
 
-def test_inductor_compiles_each_graph_once_in_the_process(
-    make_pipe: Any, eager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two regions through `torch.compile`, over all phases; the rest runs eager in this test, for time."""
-    from torch._dynamo.utils import counters
-
+@pytest.fixture
+def two_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two regions are compiled, one of them windowed; the rest runs eager, for time."""
     from accel_hidiff import served
 
-    def two_regions(unet: Any) -> Any:
+    def find(unet: Any) -> Any:
         return [(path, unet.get_submodule(path)) for path in ("down_blocks.1.attentions.0", "mid_block.resnets.0")]
 
-    monkeypatch.setattr(served, "find_blocks", two_regions)
+    monkeypatch.setattr(served, "find_blocks", find)
+
+
+def load_unet(handle: ah.Handle, height: int, width: int, batch: int) -> None:
+    """`load`, without the VAE's decoder."""
+    for phase in handle.patch.plan(height, width, STEPS):
+        handle._dispatcher.load(handle._graphs.unet(phase.topology, height, width, batch))
+
+
+def test_inductor_compiles_each_graph_once_in_the_process(make_pipe: Any, eager: Any, two_regions: None) -> None:
+    """Over all phases, for a range of sizes."""
+    from torch._dynamo.utils import counters
+
+    needs.whole_regions()
     pipe = make_pipe()
     handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), backend="inductor", on_miss="error")
     with pytest.raises(ah.GraphMiss, match=r"not compiled in this process.*handle\.load"):
         request(pipe)
     for batch in (2, 1):  # a batch of 1 is a constant to Dynamo: its own graphs
-        graphs = handle._graphs.unet(handle.patch.plan(128, 192, STEPS).at(0), 128, 192, batch)
         with handle.stats.expect(compiles=2):
-            handle._dispatcher.load(graphs)
+            load_unet(handle, 128, 192, batch)
     assert relative_difference(request(pipe), request(eager)) < 5e-3
     request(pipe, guidance_scale=0.0)
     counters.clear()
@@ -127,3 +137,31 @@ def test_inductor_compiles_each_graph_once_in_the_process(
     inputs = unet_inputs(pipe.unet, 128, 128, 2)
     with torch.no_grad(), handle.patch.phase(step=STEPS - 1, num_steps=STEPS):
         pipe.unet(**inputs)
+
+
+def test_inductor_of_an_old_torch_compiles_each_size_once(
+    make_pipe: Any, eager: Any, two_regions: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs are traced before Dynamo sees them, with their weights as inputs: what it guards on compiles nothing."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(backends, "dynamo_traces_regions", lambda: False)
+    pipe = make_pipe()
+    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), backend="inductor", on_miss="error")
+    load_unet(handle, 128, 192, 2)
+    compiled = handle.stats.compiles
+    assert 2 <= compiled <= 6  # two regions, whose sizes RAU-Net changes in some of three topologies
+    counters.clear()
+    with torch.no_grad():
+        for weight in pipe.unet.parameters():
+            weight.mul_(1.01)
+        for weight in eager.unet.parameters():
+            weight.mul_(1.01)
+    with handle.stats.expect(compiles=0, eager_calls=0):
+        got = request(pipe)
+        with torch.inference_mode():
+            request(pipe)
+    assert relative_difference(got, request(eager)) < 5e-3
+    with pytest.raises(ah.GraphMiss, match="not compiled in this process"):
+        request(pipe, 256, 128)
+    assert not counters["stats"], "torch compiled behind our back"
