@@ -78,7 +78,7 @@ class TestNotInstalled:
         assert not finding.usable and told in finding.detail
         with pytest.raises(ah.BadInput, match="expected one that works here") as caught:
             create_backend("onediff")
-        assert told in str(caught.value) and "use backend='inductor'" in str(caught.value)
+        assert told in str(caught.value) and "`accel-hidiff doctor` tells which others do" in str(caught.value)
 
     @pytest.mark.slow
     def test_no_compiler_beside_a_real_onediff(

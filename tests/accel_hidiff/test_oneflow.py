@@ -207,6 +207,7 @@ def test_a_moved_model_is_another_graph(deployable: Any, tmp_path: Path) -> None
     assert rows[0].state.startswith("missing") and rows[0].key not in before
 
 
+@pytest.mark.slow
 def test_options_are_the_whole_processs(deployable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def key(**fields: Any) -> str:
         handle = accelerate(tmp_path / "cache", **fields)
