@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accel_hidiff.backends import Backend, BoundRegion
+from accel_hidiff.backends.base import served
 from accel_hidiff.errors import AccelHiDiffError, CompileFailed
 from accel_hidiff.guard import Accept, Reject, judge_sizes
 from accel_hidiff.regions import Region, RegionGraph, Sizes, bucket_of, example_sizes
@@ -118,7 +119,7 @@ class Binder:
             bucket = bucket_of(region, traits, sizes, shapes, self.backend.smallest_symbolic)
             graph = RegionGraph(region, traits, bucket, example_sizes(bucket, sizes), dtype, device)
             entry = self.entry(self.key(graph))
-            if entry is None or isinstance(judge_sizes(region.path, self.backend.served(entry), sizes), Accept):
+            if entry is None or isinstance(judge_sizes(region.path, served(entry), sizes), Accept):
                 break
         return graph
 
@@ -219,7 +220,7 @@ class Binder:
                 entry = self.entry(self.key(chosen))
                 if entry is None:
                     return None
-                if isinstance(judge_sizes(graph.region.path, self.backend.served(entry), sizes), Reject):
+                if isinstance(judge_sizes(graph.region.path, served(entry), sizes), Reject):
                     return None
             wider.append((chosen, sizes))
         return wider

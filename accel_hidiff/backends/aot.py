@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 import accel_hidiff
-from accel_hidiff.backends.base import BoundRegion, Prepared
+from accel_hidiff.backends.base import BoundRegion, Prepared, served
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
 from compile_cache import CacheKey, CompileCache, Entry, Range, ShapeBucket
@@ -69,7 +69,7 @@ class AOTBackend:
         if (entry := cache.get(action)) is not None:
             return Prepared(entry, False, time.perf_counter() - start)
         program, inputs = _export(graph)
-        served = _served_bucket(graph, program)
+        bucket = _served_bucket(graph, program)
         compiler = {name: value for name, value in factors.items() if name != "versions"}  # the program says it all
         content = CacheKey({"content": program_digest(program), **compiler})
         compiled = False
@@ -83,15 +83,11 @@ class AOTBackend:
             advice = "nothing was stored: compile again, alone or with another TORCHINDUCTOR_CACHE_DIR"
             _require_free_weights(graph, program, _load(graph, directory / _PACKAGE, advice))
             seconds = round(time.perf_counter() - start, 2)  # what a later estimate goes by
-            notes = {"region": graph.region.kind, "serves": served.to_json(), "inputs": inputs}
+            notes = {"region": graph.region.kind, "serves": bucket.to_json(), "inputs": inputs}
             return {**notes, "seconds": seconds, "weights": graph.region.weights}
 
         entry = cache.link(action, cache.get_or_build(content, build))
         return Prepared(entry, compiled, time.perf_counter() - start)
-
-    def served(self, entry: Entry) -> ShapeBucket:
-        serves: Any = entry.notes["serves"]
-        return ShapeBucket.from_json(serves)
 
     def ready(self, key: CacheKey) -> bool:
         return False
@@ -114,7 +110,7 @@ class AOTBackend:
         package.bind(tensors)
         call = _Call(package)
         weakref.finalize(call, _release, idle, package).atexit = False
-        return BoundRegion(call, self.served(entry))
+        return BoundRegion(call, served(entry))
 
 
 class _Package:

@@ -38,6 +38,12 @@ class Prepared:
     seconds: float
 
 
+def served(entry: Entry) -> ShapeBucket:
+    """The sizes that an artifact may be fed with: every backend that stores some notes them as `serves`."""
+    serves: Any = entry.notes["serves"]
+    return ShapeBucket.from_json(serves)
+
+
 class Backend(Protocol):
     """How region graphs are compiled, kept and called."""
 
@@ -65,9 +71,6 @@ class Backend(Protocol):
         Raises:
             CompileFailed: the region cannot be exported or compiled.
         """
-
-    def served(self, entry: Entry) -> ShapeBucket:
-        """The sizes that an artifact may be fed with. Persistent backends only."""
 
     def ready(self, key: CacheKey) -> bool:
         """Whether `bind` compiles nothing for a graph of this key. Backends that are not persistent only."""

@@ -10,7 +10,7 @@ import torch
 from accel_hidiff.backends.base import BoundRegion, Prepared
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
-from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
+from compile_cache import CacheKey, CompileCache, Entry
 
 
 class EagerBackend:
@@ -26,9 +26,6 @@ class EagerBackend:
 
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         raise CompileFailed("the eager backend compiles nothing; use backend='aot' to fill a cache")
-
-    def served(self, entry: Entry) -> ShapeBucket:
-        raise CompileFailed(f"the {self.name} backend has no artifacts")
 
     def ready(self, key: CacheKey) -> bool:
         return True

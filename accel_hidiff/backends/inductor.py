@@ -12,7 +12,7 @@ import torch
 from accel_hidiff.backends.base import BoundRegion, Prepared
 from accel_hidiff.errors import CompileFailed, first_line
 from accel_hidiff.regions import RegionGraph
-from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
+from compile_cache import CacheKey, CompileCache, Entry
 
 
 class InductorBackend:
@@ -32,9 +32,6 @@ class InductorBackend:
 
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         raise CompileFailed("the inductor backend stores nothing; use backend='aot' to fill a cache")
-
-    def served(self, entry: Entry) -> ShapeBucket:
-        raise CompileFailed(f"the {self.name} backend has no artifacts")
 
     def ready(self, key: CacheKey) -> bool:
         return False  # each region has a callable of its own

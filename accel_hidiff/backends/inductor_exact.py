@@ -16,7 +16,7 @@ from accel_hidiff.backends.base import BoundRegion, Prepared
 from accel_hidiff.backends.programs import Compile, Programs, Run, make_program
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
-from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
+from compile_cache import CacheKey, CompileCache, Entry
 
 
 class ExactInductorBackend:
@@ -35,9 +35,6 @@ class ExactInductorBackend:
 
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         raise CompileFailed("the inductor backend stores nothing; use backend='aot' to fill a cache")
-
-    def served(self, entry: Entry) -> ShapeBucket:
-        raise CompileFailed(f"the {self.name} backend has no artifacts")
 
     def ready(self, key: CacheKey) -> bool:
         return key.digest in self._programs

@@ -25,7 +25,7 @@ from accel_hidiff.backends.programs import Compile, Program, Programs, Run, make
 from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
-from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
+from compile_cache import CacheKey, CompileCache, Entry
 from compile_cache.environment import environment_factors
 
 _FOLDER: Final = "inductor"
@@ -88,10 +88,6 @@ class NexfortBackend:
 
         entry = cache.get_or_build(key, build)
         return Prepared(entry, compiled, time.perf_counter() - start)
-
-    def served(self, entry: Entry) -> ShapeBucket:
-        serves: Any = entry.notes["serves"]
-        return ShapeBucket.from_json(serves)
 
     def ready(self, key: CacheKey) -> bool:
         return key.digest in _programs

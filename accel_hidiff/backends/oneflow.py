@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import accel_hidiff
-from accel_hidiff.backends.base import BoundRegion, Prepared
+from accel_hidiff.backends.base import BoundRegion, Prepared, served
 from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.errors import BadInput, CompileFailed, first_line
 from accel_hidiff.regions import RegionGraph
-from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
+from compile_cache import CacheKey, CompileCache, Entry
 from compile_cache.environment import environment_factors
 
 _FILE: Final = "oneflow.graph"
@@ -88,10 +88,6 @@ class OneflowBackend:
         entry = cache.get_or_build(graph.key(self.factors(graph.device)), build)
         return Prepared(entry, compiled, time.perf_counter() - start)
 
-    def served(self, entry: Entry) -> ShapeBucket:
-        serves: Any = entry.notes["serves"]
-        return ShapeBucket.from_json(serves)
-
     def ready(self, key: CacheKey) -> bool:
         return False
 
@@ -110,7 +106,7 @@ class OneflowBackend:
             with torch.no_grad():
                 return deployable(*inputs)
 
-        return BoundRegion(call, self.served(entry))
+        return BoundRegion(call, served(entry))
 
     def _deployable(self, module: nn.Module) -> Any:
         """onediff's callable of a module, with no graph in it yet."""
