@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import accel_hidiff
 from accel_hidiff.backends.base import BoundRegion, Prepared, served
+from accel_hidiff.backends.sources import source_digest
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
 from compile_cache import CacheKey, CompileCache, Entry, Range, ShapeBucket
@@ -38,17 +39,6 @@ OPTIONS: dict[str, bool | int | str] = {
     "cpp.dynamic_threads": True,  # else the compiling machine's thread count is baked into the code
 }
 _PACKAGE = "package.pt2"
-_GRAPH_SOURCES = (
-    "regions/base.py",
-    "regions/blocks.py",
-    "regions/step.py",
-    "regions/whole.py",
-    "cfgpp/maths.py",
-    "windows.py",
-    "forwards.py",
-    "call.py",
-    "backends/aot.py",
-)
 
 
 class AOTBackend:
@@ -202,8 +192,6 @@ def _device_index(device: torch.device) -> int:
 
 @lru_cache(maxsize=8)
 def _factors(device: str) -> Mapping[str, Any]:
-    here = Path(accel_hidiff.__file__).parent
-    sources = hashlib.sha256(b"".join((here / name).read_bytes() for name in _GRAPH_SOURCES)).hexdigest()
     return {
         "backend": "aot",
         "options": dict(OPTIONS),
@@ -211,7 +199,7 @@ def _factors(device: str) -> Mapping[str, Any]:
         "versions": {
             "diffusers": metadata.version("diffusers"),
             "accel_hidiff": accel_hidiff.__version__,
-            "accel_hidiff source": sources,
+            "accel_hidiff source": source_digest("backends/aot.py"),
         },
     }
 

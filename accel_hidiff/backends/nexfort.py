@@ -22,6 +22,7 @@ from accel_hidiff.availability import nexfort_wheel
 from accel_hidiff.backends.base import BoundRegion, Prepared
 from accel_hidiff.backends.inductor_files import inductor_files, libraries
 from accel_hidiff.backends.programs import Compile, Program, Programs, Run, make_program
+from accel_hidiff.backends.sources import source_digest
 from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
@@ -151,5 +152,6 @@ def _environment(device: str) -> Mapping[str, Any]:
         "environment": environment_factors(device),
         "versions": {name: metadata.version(name) for name in ("onediff", "nexfort", "diffusers")},
         "accel_hidiff": accel_hidiff.__version__,
+        "accel_hidiff source": source_digest("backends/functional.py", "backends/programs.py", "backends/nexfort.py"),
         "torch folder": str(Path(torch.__file__).parent),  # a part of the command lines that name Inductor's files
     }

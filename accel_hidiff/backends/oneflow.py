@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import accel_hidiff
 from accel_hidiff.backends.base import BoundRegion, Prepared, served
+from accel_hidiff.backends.sources import source_digest
 from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.errors import BadInput, CompileFailed, first_line
 from accel_hidiff.regions import RegionGraph
@@ -63,6 +64,7 @@ class OneflowBackend:
             "environment": environment_factors(device.type),
             "versions": {name: metadata.version(name) for name in ("onediff", "oneflow", "diffusers")},
             "accel_hidiff": accel_hidiff.__version__,
+            "accel_hidiff source": source_digest("backends/oneflow.py"),
         }
 
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
