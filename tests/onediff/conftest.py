@@ -78,3 +78,14 @@ def nothing_compiled() -> Iterator[None]:
     before = counters["stats"]["unique_graphs"]
     yield
     assert counters["stats"]["unique_graphs"] == before, "something was compiled"
+
+
+@pytest.fixture
+def few_regions(monkeypatch: pytest.MonkeyPatch, no_programs: None) -> None:
+    """Two regions are compiled, one of them windowed; the rest runs eager, for time."""
+    from accel_hidiff import served
+
+    def two(unet: Any) -> Any:
+        return [(path, unet.get_submodule(path)) for path in ("down_blocks.1.attentions.0", "mid_block.resnets.0")]
+
+    monkeypatch.setattr(served, "find_blocks", two)

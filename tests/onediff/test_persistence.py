@@ -71,6 +71,25 @@ def test_a_mode_that_uses_inductor_compiles_in_one_process_only(tmp_path: Path) 
     assert run("O2", cache, "error", **options)["state"] == "missing 2 of 2 artifacts"
 
 
+def test_a_compiling_process_takes_the_settings_over(tmp_path: Path, few_regions: None, no_programs: None) -> None:
+    """As `precompile(jobs=1)` and background compilation do: a process without weights compiles, this one loads."""
+    import accel_hidiff as ah
+    from accel_hidiff.compiling.needed import Needed, compile_needed
+    from accel_hidiff.compiling.pool import CompilePool
+    from tests import models
+
+    pipe = models.build("sdxl", "text2img")
+    options: dict[str, Any] = {"backend": ah.OneDiffConfig(mode="cache-all"), "cache": tmp_path, "on_miss": "error"}
+    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), **options)
+    binder = handle._dispatcher.binder
+    graphs = handle._graphs.unet(handle.patch.plan(128, 192, 1).at(0), 128, 192, 2)
+    with CompilePool(1) as pool:
+        report = compile_needed(binder, Needed.of(binder, [graphs]), None, pool, handle.blueprint)
+    assert report.compiled == 2
+    with handle.stats.expect(compiles=0, bindings=2, eager_calls=0):
+        pipe(**models.arguments("sdxl", "text2img", 128, 192, num_inference_steps=1))
+
+
 def test_jit_leaves_nothing_that_could_be_kept(tmp_path: Path) -> None:
     files = tmp_path / "inductor"
     found = run("jit", tmp_path / "cache", "compile", TORCHINDUCTOR_CACHE_DIR=str(files))

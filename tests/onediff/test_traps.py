@@ -86,17 +86,6 @@ class TestWeights:
         assert relative_difference(got, want) < 5e-3
 
 
-@pytest.fixture
-def few_regions(monkeypatch: pytest.MonkeyPatch, no_programs: None) -> None:
-    """Two regions are compiled, one of them windowed; the rest runs eager, for time."""
-    from accel_hidiff import served
-
-    def two(unet: Any) -> Any:
-        return [(path, unet.get_submodule(path)) for path in ("down_blocks.1.attentions.0", "mid_block.resnets.0")]
-
-    monkeypatch.setattr(served, "find_blocks", two)
-
-
 class TestNothingCompilesInARequest:
     """Dynamo guards on all of these, and would compile again."""
 
