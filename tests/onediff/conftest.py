@@ -65,9 +65,9 @@ def sdxl() -> Pair:
 @pytest.fixture
 def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of the programs that other tests left in this process."""
-    from accel_hidiff.backends import nexfort
+    from accel_hidiff.backends import nexfort, programs
 
-    monkeypatch.setattr(nexfort, "_programs", nexfort._Programs())
+    monkeypatch.setattr(nexfort, "_programs", programs.Programs())
 
 
 @pytest.fixture
