@@ -8,13 +8,35 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import torch
+import torch._inductor.codecache
 import torch._inductor.config
 from torch._inductor.utils import clear_inductor_caches
 
 _VARIABLES: Final = {"TORCHINDUCTOR_CACHE_DIR": ".", "TRITON_CACHE_DIR": "triton"}  # by the place in the folder
 _lock = threading.RLock()
+
+
+def _named(name: str) -> Any:
+    return getattr(torch, name)
+
+
+def _by_name(value: Any) -> tuple[Any, tuple[str]]:
+    return _named, (str(value).removeprefix("torch."),)
+
+
+def _make_keys_stable() -> None:
+    """Inductor names a graph by a hash of pickles, in which a dtype or memory format is an attribute of whatever module
+    is found to have it first (`app.torch.contiguous_format`, where `app` was imported before torch): the same graph had
+    other names in other programs. From here on these are pickled as attributes of torch."""
+    table = getattr(getattr(torch._inductor.codecache, "FxGraphCachePickler", None), "dispatch_table", None)
+    if table is not None:
+        table[torch.memory_format] = table[torch.dtype] = _by_name
+
+
+_make_keys_stable()
 
 
 @contextmanager
