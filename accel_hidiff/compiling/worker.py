@@ -113,10 +113,10 @@ def _lower_priority(niceness: int) -> None:
         os.nice(niceness)
     if niceness < LOWEST_PRIORITY:
         return
-    import psutil
-
     with suppress(AttributeError, OSError):  # Linux
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    import psutil
+
     with suppress(AttributeError, OSError, psutil.Error):
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
 

@@ -155,8 +155,7 @@ class TestProcess:
         request(handle.pipe, num_inference_steps=1)
         (pid,) = until(pool.pids)
         process = psutil.Process(pid)
-        until(lambda: process.nice() == 19, 30)
-        assert os.sched_getscheduler(pid) == os.SCHED_IDLE
+        until(lambda: process.nice() == 19 and os.sched_getscheduler(pid) == os.SCHED_IDLE, 30)
         assert process.environ()["OMP_NUM_THREADS"] == "1"
         assert handle.wait(240)
 
