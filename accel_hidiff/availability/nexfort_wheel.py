@@ -22,20 +22,16 @@ PACKAGE: Final = "nexfort.inductor.codegen"
 _MODULES: Final = ("triton", "triton_helpers", "nexfort_codegen_extension")
 
 
-def repair() -> bool:
-    """Makes `nexfort.inductor.codegen` importable where the wheel put it elsewhere; imports nexfort.
-
-    Returns:
-        Whether it is importable now.
-    """
+def repair() -> None:
+    """Makes `nexfort.inductor.codegen` importable where the wheel put it elsewhere; imports nexfort."""
     try:
         if PACKAGE in sys.modules or importlib.util.find_spec(PACKAGE) is not None:
-            return True
+            return
     except ModuleNotFoundError:  # a release without nexfort.inductor
-        return False
+        return
     strays = {path.name.split(".")[0]: path for path in _top_level_files("nexfort")}
     if any(name not in strays for name in _MODULES):
-        return False
+        return
     folder = Path(tempfile.mkdtemp(prefix="nexfort-codegen-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name in _MODULES:
@@ -46,7 +42,6 @@ def repair() -> bool:
     package.__path__ = [str(folder)]
     sys.modules[PACKAGE] = package
     importlib.import_module("nexfort.inductor").codegen = package  # type: ignore[attr-defined]
-    return True
 
 
 def _top_level_files(distribution: str) -> list[Path]:

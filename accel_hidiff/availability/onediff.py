@@ -69,7 +69,7 @@ def try_compiler(
     What may be gone the next time is not kept: a trial that was stopped or killed, a module that did not compile.
     """
     asked = json.dumps({"compiler": compiler, "mode": mode, "options": dict(options or {})}, sort_keys=True)
-    if not _installed("onediff"):  # the usual case, and no reason to start anything
+    if _build("onediff") is None:  # the usual case, and no reason to start anything
         return Availability(compiler, False, "onediff is not installed: see docs/onediff.md")
     place = _memory() / f"onediff-{_environment(asked)}.json"
     if not anew and (known := _recalled(place)) is not None:
@@ -114,13 +114,6 @@ def _kill(process: subprocess.Popen[str]) -> None:
     """Ends it, and the compilers that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _installed(package: str) -> bool:
-    with suppress(metadata.PackageNotFoundError):
-        metadata.version(package)
-        return True
-    return False
 
 
 def _environment(asked: str) -> str:

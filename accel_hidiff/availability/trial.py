@@ -82,13 +82,14 @@ def _relative_error(compile_: Any, compiler: str, options: Any) -> float:
     import torch
     from torch import nn
 
+    from accel_hidiff.parity import relative_error
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU()).to(device).eval()
     image = torch.randn(2, 4, 8, 12, device=device)
     with torch.no_grad():
         want = module(image)
-        got = compile_(module, backend=compiler, options=options)(image)
-        return float((got - want).abs().max() / want.abs().max())
+        return relative_error(compile_(module, backend=compiler, options=options)(image), want)
 
 
 def _imported(name: str) -> Any:
