@@ -30,9 +30,10 @@ def _by_name(value: Any) -> tuple[Any, tuple[str]]:
 def _make_keys_stable() -> None:
     """Inductor names a graph by a hash of pickles, in which a dtype or memory format is an attribute of whatever module
     is found to have it first (`app.torch.contiguous_format`, where `app` was imported before torch): the same graph had
-    other names in other programs. From here on these are pickled as attributes of torch."""
+    other names in other programs. From here on these are pickled as attributes of torch. (Of torch 2.4, which nexfort
+    is built for: a later torch has a table for each pickler.)"""
     table = getattr(getattr(torch._inductor.codecache, "FxGraphCachePickler", None), "dispatch_table", None)
-    if table is not None:
+    if isinstance(table, dict):
         table[torch.memory_format] = table[torch.dtype] = _by_name
 
 
