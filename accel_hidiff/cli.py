@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from accel_hidiff.benching.options import BENCHED
+from accel_hidiff.benching.names import BENCHED, PEERS
 from accel_hidiff.benching.options import Options as BenchOptions
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_steps
 from accel_hidiff.deploy import is_deploy_file, load_deployment, parse_size
@@ -311,7 +311,11 @@ def bench(
     ] = [],  # noqa: B006
     steps: Annotated[int, typer.Option("--steps", help="Of a request: they decide which topologies occur.")] = 30,
     backends: Annotated[
-        str, typer.Option(help="With commas between them. eager is the reference, and always runs.")
+        str,
+        typer.Option(
+            help="With commas between them; eager is the reference, and always runs. Variants: /whole, /blocks, /exact "
+            f"or /symbolic behind a name. Peers: {', '.join(PEERS)}."
+        ),
     ] = ",".join(BENCHED),
     repeats: Annotated[int, typer.Option(help="Timed turns of each backend.")] = 15,
     batch: Annotated[int, typer.Option(help="UNet batch, guidance counted.")] = 2,
@@ -324,6 +328,15 @@ def bench(
     dtype: Dtype = None,
     device: Device = None,
     threads: Annotated[int | None, typer.Option(help="Of torch on the CPU; its own choice by default.")] = None,
+    python: Annotated[
+        list[str],
+        typer.Option(
+            "--python",
+            help="NAME=PATH: the Python, with an environment of its own, that runs a backend or peer; repeat for more.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    jobs: Annotated[int, typer.Option(help="Backends that compile at the same time; turns are taken one by one.")] = 1,
     out: Annotated[Path | None, typer.Option(help="File for the report, as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -343,6 +356,8 @@ def bench(
         dtype=dtype,
         device=device,
         threads=threads,
+        pythons=BenchOptions.parse_pythons(python),
+        jobs=jobs,
     )
     raise typer.Exit(run_bench(options, out, as_json))
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from accel_hidiff.benching.options import REFERENCE, Options
+from accel_hidiff.benching.found import find
+from accel_hidiff.benching.names import REFERENCE
+from accel_hidiff.benching.options import Options
 from accel_hidiff.benching.report import Report
 from accel_hidiff.benching.turns import compete
-from accel_hidiff.doctor import Finding, examine_backend
+from accel_hidiff.doctor import Finding
 from accel_hidiff.errors import BadInput, BenchFailed
 
 
@@ -33,14 +35,14 @@ def bench(options: Options, out: Path | None, as_json: bool) -> int:
     """
     if out is not None:
         _require_writable(out)
-    findings = {name: examine_backend(name) for name in options.backends}
+    findings = {name: find(name, options.python_of(name)) for name in options.backends}
     unavailable = {name: finding for name, finding in findings.items() if not finding.usable}
     _require_some(options, unavailable)
     entries = [(name, options) for name in options.backends if name not in unavailable]
     console = Console(stderr=True)
     with _Shown(console) as shown, tempfile.TemporaryDirectory(prefix="accel-hidiff-bench-") as work:
         outcome = compete(entries, Path(work), shown)
-    report = Report(options, unavailable, outcome.rows, outcome.model, outcome.machine, outcome.versions)
+    report = Report(options, unavailable, **vars(outcome))
     if out is not None:
         report.write(out)
     if as_json:

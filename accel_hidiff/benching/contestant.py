@@ -1,4 +1,4 @@
-"""One backend over one model: what a worker does when it is asked to."""
+"""One contestant over one model: what a worker does when it is asked to."""
 
 from __future__ import annotations
 
@@ -6,60 +6,62 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
+from accel_hidiff.benching.compilations import watch
 from accel_hidiff.benching.inputs import unet_inputs
-from accel_hidiff.benching.options import REFERENCE, Case, Options
-from accel_hidiff.config import HiDiffusionConfig
-from accel_hidiff.errors import BadInput, CompileFailed
+from accel_hidiff.benching.names import REFERENCE, STOCK, Contender
+from accel_hidiff.benching.options import Case, Options
+from accel_hidiff.benching.subjects import subject_of
+from accel_hidiff.errors import BadInput
 from accel_hidiff.models import load_pipeline
 from accel_hidiff.parity import limit_of, wrong
-from accel_hidiff.pipeline import accelerate
 from accel_hidiff.schedule import LATENT_CELL
 
 
 class Contestant:
-    """A pipeline accelerated with one backend.
+    """A pipeline that a contestant runs.
 
     Args:
         options: of the bench.
-        backend: name of the backend.
+        name: of the contestant, as in `Contender.parse`.
         work: folder that all contestants share: the tiny model and the cache of this run, where those are asked for.
 
     Raises:
         BadInput: the model, its device or an option is not what it should be.
     """
 
-    def __init__(self, options: Options, backend: str, work: Path) -> None:
+    def __init__(self, options: Options, name: str, work: Path) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        contender = Contender.parse(name)
+        if not contender.ours:
+            watch()
         pipe = load_pipeline(options.model or _tiny_model(work), options.dtype, options.device)
-        self._options, self._backend = options, backend
-        self.handle = accelerate(
-            pipe,
-            hidiffusion=HiDiffusionConfig(),
-            cache=options.cache or work / "cache",
-            backend=backend,
-            regions=options.regions,
-            shapes=options.shapes,
-        )
-        self._unet = self.handle.patch.unet
+        self._options, self._name = options, name
+        self.subject = subject_of(contender, pipe, options, work)
+        self._unet = pipe.unet
 
     @property
     def facts(self) -> dict[str, str]:
-        """Dtype, device and family of the model."""
+        """Dtype, device and, where HiDiffusion is this project's, family of the model."""
         dtype = str(self._unet.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "device": str(self._unet.device), "family": self.handle.patch.family.name}
+        patch = self.subject.patch
+        return {"dtype": dtype, "device": str(self._unet.device), "family": patch.family.name if patch else ""}
 
     def cases(self) -> list[Case]:
-        """The topologies of a request at each size, in the order of their first step."""
+        """The topologies of a request at each size, in the order of their first step; none without a patch."""
         found: dict[tuple[int, int, str], Case] = {}
+        if self.subject.patch is None:
+            return []
         for height, width in self._options.sizes or [self._own_size()]:
-            for phase in self.handle.patch.plan(height, width, self._options.steps):
+            for phase in self.subject.patch.plan(height, width, self._options.steps):
                 name = height, width, str(phase.topology)
                 found.setdefault(name, Case(*name, phase.start, phase.stop))
         return list(found.values())
@@ -72,23 +74,34 @@ class Contestant:
             reference: file of the reference's output; written by the reference itself.
 
         Returns:
-            JSON values: seconds of the first call, seconds of the second one, counters, the error and its limit, what
-            is wrong ("" for nothing).
+            JSON values: seconds of the first call, processor seconds of it (compilers included), seconds of the second
+            one, counters, the error and its limit (None where nothing is compared), what is wrong ("" for nothing).
 
         Raises:
-            CompileFailed: the backend cannot serve the case.
+            CompileFailed: the contestant cannot serve the case.
         """
         with self._called(case) as call, self._counted() as counted:
+            before = _processor_seconds()
             first_s, _ = self._timed(call)
+            first_cpu_s = _processor_seconds() - before
             call_s, out = self._timed(call)
-        self._require_compiled(counted)
+        self.subject.require_served(counted)
         limit, error = limit_of(self._unet.dtype), None
-        if self._backend == REFERENCE:
+        if self._name in (REFERENCE, STOCK):
             problem = "" if bool(out.isfinite().all()) else "its output is not finite; try another --dtype"
-            torch.save(out.cpu(), reference)
+            if self._name == REFERENCE:
+                torch.save(out.cpu(), reference)
         else:
             error, problem = wrong(out.cpu(), torch.load(reference, weights_only=True), limit)
-        return {"setup_s": first_s, "call_s": call_s, **counted, "error": error, "limit": limit, "wrong": problem}
+        return {
+            "setup_s": first_s,
+            "setup_cpu_s": first_cpu_s,
+            "call_s": call_s,
+            **counted,
+            "error": error,
+            "limit": limit,
+            "wrong": problem,
+        }
 
     def turn(self, case: Case, calls: int) -> dict[str, Any]:
         """Calls the UNet several times, after one call that is not timed where there are several.
@@ -103,15 +116,25 @@ class Contestant:
             if calls > 1:
                 call()
             seconds, _ = self._timed(call, calls)
-        self._require_compiled(counted)
+        self.subject.require_served(counted)
         return {"seconds": seconds / calls, **counted}
+
+    def memory(self) -> dict[str, Any]:
+        """JSON values: megabytes of the weights of all models, resident now and at the most; on a GPU, allocated."""
+        models = [part for part in self.subject.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        weights = {id(weight): weight.nbytes for model in models for weight in (*model.parameters(), *model.buffers())}
+        process = psutil.Process().memory_info()
+        told = {"weights_mb": sum(weights.values()) / 1e6, "resident_mb": process.rss / 1e6}
+        if self._unet.device.type == "cuda":
+            told["gpu_mb"] = torch.cuda.memory_allocated(self._unet.device) / 1e6
+            told["gpu_peak_mb"] = torch.cuda.max_memory_allocated(self._unet.device) / 1e6
+        return told
 
     @contextmanager
     def _called(self, case: Case) -> Iterator[Any]:
         inputs = unet_inputs(self._unet, case.height, case.width, self._options.batch)
-        phase = self.handle.patch.phase(step=case.start, num_steps=self._options.steps)
-        with torch.no_grad(), phase:
-            yield lambda: inputs.call(self._unet)
+        with torch.no_grad(), self.subject.standing(case, self._options.steps) as call:
+            yield partial(call, inputs)
 
     def _timed(self, call: Any, calls: int = 1) -> tuple[float, Tensor]:
         """Seconds of so many calls, and the last output."""
@@ -128,28 +151,35 @@ class Contestant:
 
     @contextmanager
     def _counted(self) -> Iterator[dict[str, Any]]:
-        """By how much counters rise inside of the block: of the handle, and graphs that Dynamo captured."""
+        """By how much counters rise inside of the block: of the subject, and graphs that Dynamo captured."""
         counted: dict[str, Any] = {}
         before = self._counters()
         yield counted
         counted |= {name: value - before[name] for name, value in self._counters().items()}
 
     def _counters(self) -> dict[str, int]:
-        names = ("compiles", "loads", "bindings", "eager_calls")
-        counted = {name: int(getattr(self.handle.stats, name)) for name in names}
         dynamo = sys.modules.get("torch._dynamo.utils")  # absent: nothing was traced
-        return counted | {"graphs": 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])}
-
-    def _require_compiled(self, counted: dict[str, Any]) -> None:
-        if self._backend != REFERENCE and counted["eager_calls"]:
-            reasons = "; ".join(self.handle.stats.rejected) or "no reason was given"
-            raise CompileFailed(f"calls ran eager: {reasons}")
+        graphs = 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
+        return self.subject.counters() | {"graphs": graphs}
 
     def _own_size(self) -> tuple[int, int]:
         side = self._unet.config.sample_size
         if not isinstance(side, int):
             raise BadInput(f"--size: expected one for a model whose config gives no side of its images, got {side!r}")
         return side * LATENT_CELL, side * LATENT_CELL
+
+
+def _processor_seconds() -> float:
+    """Of this process, and of the compilers that it started."""
+    process = psutil.Process()
+    seconds = 0.0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            times = one.cpu_times()
+        except psutil.NoSuchProcess:  # its parent has its seconds now
+            continue
+        seconds += times.user + times.system + times.children_user + times.children_system
+    return seconds
 
 
 def _tiny_model(work: Path) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from accel_hidiff.benching.names import BENCHED, REFERENCE, Contender
 from accel_hidiff.config import check_steps
 from accel_hidiff.errors import BadInput
-
-REFERENCE: Final = "eager"
-BENCHED: Final = (REFERENCE, "inductor", "aot", "onediff")
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,15 @@ class Options:
         model: a diffusers folder or a hub id; None: the project's tiny SDXL model, with random weights.
         sizes: (height, width) in pixels; none: the size that the model's config names.
         steps: of a request; they decide which topologies occur.
-        backends: in the order of the report; the reference is always among them, first.
+        backends: names as in `Contender.parse`, in the order of the report; the reference is always among them, first.
         repeats: timed turns of each backend.
         batch: of a UNet call, guidance counted.
         cache: compile cache to load from and to fill; None: an empty one, for this run.
         regions, shapes: as in `accelerate`.
         dtype, device: as in `load_pipeline`.
         threads: of torch on the CPU; None: its own choice.
+        pythons: (name, Python executable): what runs in another environment, which needs this package's dependencies.
+        jobs: contestants that are set up at the same time. Turns are always taken one by one.
         reference_asked: whether the reference was among the backends that were asked for.
 
     Raises:
@@ -48,11 +49,18 @@ class Options:
     dtype: str | None = None
     device: str | None = None
     threads: int | None = None
+    pythons: tuple[tuple[str, Path], ...] = ()
+    jobs: int = 1
     reference_asked: bool = field(init=False)
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        for option, value in (("--repeats", self.repeats), ("--batch", self.batch), ("--threads", self.threads)):
+        for option, value in (
+            ("--repeats", self.repeats),
+            ("--batch", self.batch),
+            ("--threads", self.threads),
+            ("--jobs", self.jobs),
+        ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise BadInput(f"{option}: expected an integer of at least 1, got {value!r}")
         object.__setattr__(self, "reference_asked", REFERENCE in self.backends)
@@ -63,19 +71,35 @@ class Options:
     def parse_backends(text: str) -> tuple[str, ...]:
         """Names from a list with commas.
 
-        >>> Options.parse_backends("aot, eager")
-        ('aot', 'eager')
+        >>> Options.parse_backends("aot, eager, aot/whole")
+        ('aot', 'eager', 'aot/whole')
 
         Raises:
             BadInput: an unknown name, or none.
         """
         names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
         for name in names:
-            if name not in BENCHED:
-                raise BadInput(
-                    f"--backends: expected names among {','.join(BENCHED)}, with commas between them, got {name!r}"
-                )
+            Contender.parse(name)
         return names
+
+    @staticmethod
+    def parse_pythons(texts: Sequence[str]) -> tuple[tuple[str, Path], ...]:
+        """(name, executable) of each NAME=PATH.
+
+        Raises:
+            BadInput: it is no such pair, or there is no such executable.
+        """
+        pairs = []
+        for text in texts:
+            name, equals, path = text.partition("=")
+            if not equals or not os.access(path, os.X_OK) or Path(path).is_dir():
+                raise BadInput(f"--python: expected NAME=PATH with the path of a Python, got {text!r}")
+            pairs.append((Contender.parse(name).name, Path(os.path.abspath(path))))  # not resolved: a venv's is a link
+        return tuple(pairs)
+
+    def python_of(self, backend: str) -> Path | None:
+        """The Python that runs a contestant; None: this one."""
+        return dict(self.pythons).get(backend)
 
     def command(self) -> str:
         """The command line that asks for this; places on this machine are left out.
@@ -114,9 +138,11 @@ class Options:
         if self.cache is not None:
             yield "--cache DIR"
         default = Options()
-        for name in ("steps", "repeats", "batch", "regions", "shapes", "dtype", "device", "threads"):
+        for name in ("steps", "repeats", "batch", "regions", "shapes", "dtype", "device", "threads", "jobs"):
             if (value := getattr(self, name)) != getattr(default, name):
                 yield f"--{name} {value}"
+        for name, _ in self.pythons:
+            yield f"--python {name}=PYTHON"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from accel_hidiff.benching.options import REFERENCE, Case, Options
+from accel_hidiff.benching.names import REFERENCE
+from accel_hidiff.benching.options import Case, Options
 from accel_hidiff.doctor import Finding
 
 
@@ -92,6 +93,7 @@ class Row:
             "state": self.state,
             "reason": self.reason or None,
             "setup_s": _rounded(setup.get("setup_s")),
+            "setup_cpu_s": _rounded(setup.get("setup_cpu_s")),
             "compiled": setup.get("compiles"),
             "loaded": setup.get("loads"),
             "error": _rounded(setup.get("error"), 2),
@@ -115,6 +117,7 @@ class Report:
         unavailable: backends that this machine does not have, by name.
         rows: of the others, in the order of cases and, within one, of backends.
         model, machine, versions: what figures depend on, as the reference's process sees it.
+        workers: more about each process, see `turns.Outcome`.
     """
 
     options: Options
@@ -123,6 +126,7 @@ class Report:
     model: Mapping[str, str]
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
+    workers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
@@ -135,7 +139,8 @@ class Report:
         backends = []
         for name in self.options.backends:
             missing = self.unavailable.get(name)
-            backends.append({"backend": name, "usable": missing is None, "reason": missing and missing.detail})
+            told = {"backend": name, "usable": missing is None, "reason": missing and missing.detail}
+            backends.append(told | dict(self.workers.get(name, {})))
         return {
             "command": self.options.command(),
             "date": self.date,

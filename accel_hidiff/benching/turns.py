@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from accel_hidiff.benching.options import REFERENCE, Case, Options
+from accel_hidiff.benching.names import REFERENCE
+from accel_hidiff.benching.options import Case, Options
 from accel_hidiff.benching.report import Row
 from accel_hidiff.compiling.child import Child, ChildDied
 from accel_hidiff.errors import BadInput, BenchFailed
@@ -37,12 +40,20 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Rows, in the order of cases and then of backends; facts that the reference's process told."""
+    """What came of a bench.
+
+    Attributes:
+        rows: in the order of cases and then of backends.
+        model, machine, versions: what the reference's process told.
+        workers: for each backend: its versions, its memory when it was open ("opened") and set up ("ready"), each as
+            `Contestant.memory` tells it, without those that failed before.
+    """
 
     rows: list[Row]
     model: dict[str, str]
     machine: dict[str, Any]
     versions: dict[str, str]
+    workers: dict[str, dict[str, Any]]
 
 
 def compete(entries: Sequence[tuple[str, Options]], work: Path, watcher: Watcher) -> Outcome:
@@ -58,7 +69,9 @@ def compete(entries: Sequence[tuple[str, Options]], work: Path, watcher: Watcher
         BenchFailed: the reference does not start.
     """
     with ExitStack() as stack:
-        workers = []
+        workers: list[_Worker] = []
+        pool = ThreadPoolExecutor(entries[0][1].jobs)
+        stack.callback(pool.shutdown, cancel_futures=True)  # after all processes have ended
         for number, (backend, options) in enumerate(entries):
             workers.append(_Worker(backend, options, work, number))
             stack.callback(workers[-1].end)
@@ -72,20 +85,33 @@ def compete(entries: Sequence[tuple[str, Options]], work: Path, watcher: Watcher
         workers[0].rows = {case: Row(REFERENCE, case) for case in cases}
         for worker in workers[1:]:
             worker.rows = {case: Row(worker.backend, case) for case in cases}
-        for worker in workers:
-            watcher.now(f"{worker.backend}: loading the model")
-            if worker is not workers[0]:
-                worker.open()
-                watcher.done(1)
-            for number, case in enumerate(cases):
-                watcher.now(f"{worker.backend}: {case.size} {case.topology}, setting up")
-                worker.set_up(case, work / f"reference-{number}.pt", workers[0].rows[case])
-                watcher.note(worker.told(case))
-                watcher.done(1)
+        references = [work / f"reference-{number}.pt" for number in range(len(cases))]
+        prepare = partial(_prepare, cases=cases, references=references, wanted=workers[0].rows, watcher=watcher)
+        prepare(workers[0])
+        for done in [pool.submit(prepare, worker) for worker in workers[1:]]:
+            done.result()
         for case in cases:
             _take_turns(case, workers, repeats, watcher)
         rows = [worker.rows[case] for case in cases for worker in workers]
-        return Outcome(rows, told["model"], told["machine"], told["versions"])
+        facts = {worker.backend: worker.facts for worker in workers}
+        return Outcome(rows, told["model"], told["machine"], told["versions"], facts)
+
+
+def _prepare(
+    worker: _Worker, cases: Sequence[Case], references: Sequence[Path], wanted: dict[Case, Row], watcher: Watcher
+) -> None:
+    """Has one contestant load the model and set up all cases."""
+    if worker.rows is not wanted:
+        watcher.now(f"{worker.backend}: loading the model")
+        worker.open()
+        watcher.done(1)
+    worker.weigh("opened")
+    for case, reference in zip(cases, references, strict=True):
+        watcher.now(f"{worker.backend}: {case.size} {case.topology}, setting up")
+        worker.set_up(case, reference, wanted[case])
+        watcher.note(worker.told(case))
+        watcher.done(1)
+    worker.weigh("ready")
 
 
 def _take_turns(case: Case, workers: Sequence[_Worker], repeats: int, watcher: Watcher) -> None:
@@ -115,11 +141,13 @@ class _Worker:
     def __init__(self, backend: str, options: Options, work: Path, number: int) -> None:
         self.backend = backend
         self.rows: dict[Case, Row] = {}
+        self.facts: dict[str, Any] = {}
         self._options, self._shared = options, work
         folder = work / f"worker-{number}"
         folder.mkdir()
         threads = {} if options.threads is None else {"OMP_NUM_THREADS": str(options.threads)}
-        self._child = Child("accel_hidiff.benching.worker", [backend], folder, threads)
+        python = options.python_of(backend)
+        self._child = Child("accel_hidiff.benching.worker", [backend], folder, threads, python)
         self.end = self._child.end
 
     def open_reference(self) -> dict[str, Any]:
@@ -130,6 +158,7 @@ class _Worker:
             raise BenchFailed(f"{self.backend}: its process {death}") from None
         if "failed" in answer:
             raise (BadInput if answer["refused"] else BenchFailed)(answer["failed"])
+        self.facts["versions"] = answer["versions"]
         return answer
 
     def open(self) -> None:
@@ -142,6 +171,20 @@ class _Worker:
         if "failed" in answer:
             for row in self.rows.values():
                 row.fail("failed", answer["failed"])
+        else:
+            self.facts["versions"] = answer["versions"]
+
+    def weigh(self, when: str) -> None:
+        """Asks for its memory, unless there is nothing left of it."""
+        if not any(row.state in ("waiting", "ready") for row in self.rows.values()):
+            return
+        try:
+            answer = self._ask("memory")
+        except ChildDied as death:
+            self._lost(death)
+            return
+        if "failed" not in answer:
+            self.facts[when] = answer
 
     def set_up(self, case: Case, reference: Path, wanted: Row) -> None:
         """Compiles or loads a case, and has its output compared with the reference's."""

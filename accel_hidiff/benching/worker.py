@@ -6,14 +6,22 @@ Frames come in on the standard input, JSON lines go out. It works only when aske
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from accel_hidiff.compiling.frames import Inbox, answers
 from compile_cache.errors import one_line
 
 if TYPE_CHECKING:
     from accel_hidiff.benching.contestant import Contestant
+
+
+_ACTIONS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+    "set up": lambda contestant, *value: contestant.set_up(*value),
+    "turn": lambda contestant, *value: contestant.turn(*value),
+    "memory": lambda contestant: contestant.memory(),
+}
 
 
 def serve(inbox: Inbox, out: IO[str]) -> None:
@@ -25,7 +33,7 @@ def serve(inbox: Inbox, out: IO[str]) -> None:
             if contestant is None:
                 contestant, answer = _open(*value)
             else:
-                answer = contestant.set_up(*value) if kind == "set up" else contestant.turn(*value)
+                answer = _ACTIONS[kind](contestant, *value)
         except Exception as problem:
             answer = {"failed": _line(problem), "refused": _refused(problem)}
         print(json.dumps(answer), file=out, flush=True)

@@ -30,17 +30,25 @@ class Child:
         arguments: of its command line.
         work: an existing folder for its log and for compilers' files; the caller removes it after `end`.
         environment: more variables.
+        python: the executable that runs it, in its own environment; None: this one.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], work: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        work: Path,
+        environment: Mapping[str, str],
+        python: Path | None = None,
+    ) -> None:
         self._log = work / "log"
         with self._log.open("wb") as errors:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [str(python or sys.executable), "-m", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment(work) | dict(environment),
+                env=import_path(python) | _folders(work) | dict(environment),
                 process_group=0,
             )
         self.pid = self._popen.pid
@@ -101,8 +109,17 @@ class Child:
         return ChildDied(f"ended with {how}{': ' + last if last else ''}")
 
 
-def _environment(work: Path) -> dict[str, str]:
-    """This process's own and its import path, and a place for compilers' files that goes away with the child."""
-    folders = {"TORCHINDUCTOR_CACHE_DIR": work / "inductor", "TRITON_CACHE_DIR": work / "triton", "TMPDIR": work}
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    return {**os.environ, **{name: str(folder) for name, folder in folders.items()}, "PYTHONPATH": path}
+def import_path(python: Path | None = None) -> dict[str, str]:
+    """This process's environment for a child, which imports from where this process does.
+
+    Args:
+        python: of an environment of its own: from there it imports this project alone.
+    """
+    entries = sys.path if python is None else [str(Path(__file__).resolve().parent.parent.parent)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in entries)}
+
+
+def _folders(work: Path) -> dict[str, str]:
+    """A place for compilers' files that goes away with the child."""
+    places = {"TORCHINDUCTOR_CACHE_DIR": work / "inductor", "TRITON_CACHE_DIR": work / "triton", "TMPDIR": work}
+    return {name: str(place) for name, place in places.items()}

@@ -22,7 +22,8 @@ from rich.console import Console
 
 import accel_hidiff as ah
 from accel_hidiff.benching.inputs import unet_inputs
-from accel_hidiff.benching.options import BENCHED, Case, Options
+from accel_hidiff.benching.names import BENCHED
+from accel_hidiff.benching.options import Case, Options
 from accel_hidiff.benching.report import Report, Row
 from accel_hidiff.benching.turns import Outcome, compete
 from accel_hidiff.cli import run
@@ -154,7 +155,7 @@ def test_a_killed_process_is_told_and_the_others_go_on(troubled: Any) -> None:
 def test_the_table_fits_80_columns_and_tells_all_troubles(troubled: Any) -> None:
     outcome, options = troubled
     unavailable = {"onediff": Finding("backend onediff", False, "onediff is not installed; " + "a long reason " * 9)}
-    report = Report(options, unavailable, outcome.rows, outcome.model, outcome.machine, outcome.versions)
+    report = Report(options, unavailable, **vars(outcome))
     assert not report.ok
     text = rendered(report)
     lines = text.splitlines()
