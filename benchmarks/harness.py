@@ -29,6 +29,7 @@ from torch import Tensor
 
 import accel_hidiff as ah
 from accel_hidiff.benching.facts import machine, versions
+from accel_hidiff.compiling.child import import_path
 from accel_hidiff.demo import build_pipeline, tiny_config
 from accel_hidiff.topology import Topology
 
@@ -270,15 +271,18 @@ def worker(
     config: Mapping[str, Any],
     environment: Mapping[str, str] | None = None,
     limit_s: float | None = None,
+    python: Path | None = None,
 ) -> dict[str, Any]:
     """Runs `python -m MODULE --worker JSON` in a process of its own and returns the JSON line that it prints last.
+
+    `python` is an executable with an environment of its own; None: this one.
 
     Raises:
         RuntimeError: the process failed; the message ends with what it wrote to stderr.
         subprocess.TimeoutExpired: it took longer than `limit_s` seconds and was killed.
     """
-    command = [sys.executable, "-m", module, "--worker", json.dumps(dict(config))]
-    full = {**os.environ, **(environment or {})}
+    command = [str(python or sys.executable), "-m", module, "--worker", json.dumps(dict(config))]
+    full = {**import_path(python), **(environment or {})}
     done = subprocess.run(command, cwd=ROOT, env=full, capture_output=True, text=True, check=False, timeout=limit_s)
     if done.returncode:
         raise RuntimeError(f"{module} {dict(config)} failed with {done.returncode}: ...{done.stderr[-2000:]}")
@@ -323,16 +327,25 @@ class Report:
 
     def add(self, **fields: Any) -> None:
         """Adds a record, prints it and writes the file."""
-        self._content["records"].append(fields)
-        self._write()
+        self.keep(fields)
         print(json.dumps(fields), flush=True)
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """Adds a record and writes the file."""
+        self._content["records"].append(dict(record))
+        self._write()
 
     def _write(self) -> None:
         self._content["load_average"] = rounded(os.getloadavg()[0], 2)
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._out.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self._out)
+        write_text(self._out, json.dumps(self._content, indent=1) + "\n")
+
+
+def write_text(out: Path, text: str) -> None:
+    """Writes a file, and its folder where there is none; nobody sees half of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(f".{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(out)
 
 
 def _command() -> str:

@@ -80,7 +80,7 @@ class Contestant:
         Raises:
             CompileFailed: the contestant cannot serve the case.
         """
-        with self._called(case) as call, self._counted() as counted:
+        with self.called(case) as call, self._counted() as counted:
             before = _processor_seconds()
             first_s, _ = self._timed(call)
             first_cpu_s = _processor_seconds() - before
@@ -112,7 +112,7 @@ class Contestant:
         Raises:
             CompileFailed: a call was not served compiled.
         """
-        with self._called(case) as call, self._counted() as counted:
+        with self.called(case) as call, self._counted() as counted:
             if calls > 1:
                 call()
             seconds, _ = self._timed(call, calls)
@@ -131,7 +131,8 @@ class Contestant:
         return told
 
     @contextmanager
-    def _called(self, case: Case) -> Iterator[Any]:
+    def called(self, case: Case) -> Iterator[Any]:
+        """A context that gives the UNet call of a case, without arguments; it returns the output."""
         inputs = unet_inputs(self._unet, case.height, case.width, self._options.batch)
         with torch.no_grad(), self.subject.standing(case, self._options.steps) as call:
             yield partial(call, inputs)

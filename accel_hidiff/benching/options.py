@@ -31,6 +31,7 @@ class Options:
         threads: of torch on the CPU; None: its own choice.
         pythons: (name, Python executable): what runs in another environment, which needs this package's dependencies.
         jobs: contestants that are set up at the same time. Turns are always taken one by one.
+        dynamo_backend: of peers that use `torch.compile`.
         reference_asked: whether the reference was among the backends that were asked for.
 
     Raises:
@@ -51,6 +52,7 @@ class Options:
     threads: int | None = None
     pythons: tuple[tuple[str, Path], ...] = ()
     jobs: int = 1
+    dynamo_backend: str = "inductor"
     reference_asked: bool = field(init=False)
 
     def __post_init__(self) -> None:

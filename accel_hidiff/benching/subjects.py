@@ -64,8 +64,8 @@ def subject_of(contender: Contender, pipe: Any, options: Options, work: Path) ->
     if contender.base == STOCK:
         return Stock(pipe)
     if contender.base.startswith("hidiffusion"):
-        return Published(pipe, compiled=contender.base.endswith("-compile"))
-    return Compiled(contender.base, pipe)
+        return Published(pipe, options.dynamo_backend if contender.base.endswith("-compile") else None)
+    return Compiled(contender.base, pipe, options.dynamo_backend)
 
 
 class Accelerated:
@@ -136,16 +136,16 @@ class Stock(_Naive):
 class Compiled(_Naive):
     """The patched UNet under `torch.compile`, as its users would do it."""
 
-    def __init__(self, base: str, pipe: Any) -> None:
+    def __init__(self, base: str, pipe: Any, dynamo_backend: str) -> None:
         self.pipe, self._patch = pipe, apply_hidiffusion(pipe)
         if base == "repeated-blocks":
-            pipe.unet.compile_repeated_blocks()
+            pipe.unet.compile_repeated_blocks(backend=dynamo_backend)
         elif base == "tensorrt":
             import torch_tensorrt  # noqa: F401  it registers its backend
 
             pipe.unet.compile(backend="tensorrt")
         else:
-            pipe.unet.compile()
+            pipe.unet.compile(backend=dynamo_backend)
 
     @property
     def patch(self) -> Patch | None:
@@ -166,7 +166,7 @@ class Published(_Naive):
     its output can be verified; by default, Inductor draws others.
     """
 
-    def __init__(self, pipe: Any, compiled: bool) -> None:
+    def __init__(self, pipe: Any, dynamo_backend: str | None) -> None:
         family = apply_hidiffusion(pipe)  # tells which layout it is, whatever the model's name
         family.remove()
         from hidiffusion import apply_hidiffusion as apply_published
@@ -175,11 +175,11 @@ class Published(_Naive):
         pipe.register_to_config(_name_or_path=_PUBLISHED_NAMES[family.family.name])
         apply_published(pipe)
         self._counting = [module for module in pipe.unet.modules() if hasattr(type(module), "max_timestep")]
-        if compiled:
+        if dynamo_backend is not None:
             import torch._inductor.config as inductor
 
             inductor.fallback_random = True
-            pipe.unet.compile()
+            pipe.unet.compile(backend=dynamo_backend)
 
     @contextmanager
     def standing(self, case: Case, steps: int) -> Iterator[Call]:

@@ -1,0 +1,1 @@
+"""The comparison that decides: this project beside its peers, over named scenarios (`python -m benchmarks.compare`)."""

@@ -1,0 +1,189 @@
+"""Whole requests in a process of its own for each contender: seconds of every step, and what was compiled in it.
+
+Seconds of a step are those between the ends of two steps (of the first one, from the call of the pipeline on), so that
+everything a user waits for is in them. Compilations are counted by torch's own records
+(`accel_hidiff.benching.compilations`), and of this project's backends by the handle's counters too.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from accel_hidiff.benching.compilations import Compilations, compilations, watch
+from accel_hidiff.benching.found import find
+from accel_hidiff.benching.names import Contender
+from accel_hidiff.benching.options import Options
+from accel_hidiff.benching.subjects import subject_of
+from accel_hidiff.models import load_pipeline
+from benchmarks import harness as h
+from benchmarks.compare import models
+from benchmarks.compare.scenarios import STEPS, RequestScenario
+
+_PROMPT = "a red circle"
+_SHOWN = 16  # pixels of an image's side that are compared
+_LIMIT = 1e-2  # of max|diff|/max|ref| between images of 30 steps
+# Whose images a contender's have to be. The authors' package draws other window shifts than this project.
+_SAME_IMAGES = {"hidiffusion-compile": "hidiffusion", "hidiffusion": "hidiffusion", "stock": "stock"}
+
+
+def run(scenario: RequestScenario, pythons: Mapping[str, Path], threads: int | None, jobs: int) -> dict[str, Any]:
+    """All contenders of a scenario.
+
+    Args:
+        scenario: what to run.
+        pythons: executables with environments of their own, by contender.
+        threads: of torch; None: its own choice.
+        jobs: contenders that run at the same time where they are only traced; elsewhere it is one.
+
+    Returns:
+        JSON values: the scenario's fields; "processes": what each answered, or the reason why there is none.
+
+    Raises:
+        WrongOutput: a contender's images differ from those of its eager counterpart.
+    """
+    with tempfile.TemporaryDirectory(prefix="compare-") as directory:
+        place = Path(directory)
+        model = models.save(scenario.model, place / "model")
+        config = {
+            "model": str(model),
+            "sizes": scenario.sizes,
+            "traced_only": scenario.traced_only,
+            "dtype": scenario.dtype,
+            "device": scenario.device,
+            "limit_s": scenario.limit_s,
+            "threads": threads,
+        }
+
+        def processes_of(entry: tuple[str, int]) -> list[dict[str, Any]]:
+            name, processes = entry
+            return _processes(name, processes, config, place / name.replace("/", "-"), pythons.get(name))
+
+        with ThreadPoolExecutor(jobs if scenario.traced_only else 1) as pool:
+            rows = [row for rows in pool.map(processes_of, scenario.contenders) for row in rows]
+    _verify(rows)
+    return {**scenario.to_json(), "processes": rows}
+
+
+def _processes(
+    name: str, processes: int, config: Mapping[str, Any], kept: Path, python: Path | None
+) -> list[dict[str, Any]]:
+    """The processes of one contender, one after the other, over the same folder `kept`."""
+    found = find(name, python)
+    if not found.usable:
+        return [{"contender": name, "process": 1, "failed": found.detail}]
+    files = {"TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"), "TRITON_CACHE_DIR": str(kept / "triton")}
+    rows: list[dict[str, Any]] = []
+    for number in range(1, processes + 1):
+        full = {**config, "contender": name, "kept": str(kept)}
+        try:
+            answer = h.worker("benchmarks.compare.requests", full, files, python=python)
+        except RuntimeError as problem:
+            rows.append({"contender": name, "process": number, "failed": str(problem).splitlines()[-1][:300]})
+            break
+        rows.append({"contender": name, "process": number, **answer})
+        print(_told(rows[-1]), flush=True)
+    return rows
+
+
+def serve(config: dict[str, Any]) -> dict[str, Any]:
+    """One process: a pipeline, and a request of each size until the time is up."""
+    contender = Contender.parse(config["contender"])
+    started = psutil.Process().create_time()
+    kept = Path(config["kept"])
+    kept.mkdir(exist_ok=True)
+    watch()
+    pipe = load_pipeline(config["model"], config["dtype"], config["device"])
+    options = Options(dynamo_backend="eager" if config["traced_only"] else "inductor")
+    subject = subject_of(contender, pipe, options, kept)
+    pipe.set_progress_bar_config(disable=True)
+    ready_s = time.time() - started
+    requests: list[dict[str, Any]] = []
+    first_image_s = None
+    for size in (h.Size(*size) for size in config["sizes"]):
+        if time.time() - started > config["limit_s"]:
+            break
+        requests.append(_request(pipe, subject, size))
+        first_image_s = first_image_s or time.time() - started
+    return {
+        "ready_s": h.rounded(ready_s),
+        "first_image_s": h.rounded(first_image_s or 0.0),
+        "compile_cpu_s": h.rounded(h.cpu_seconds()),
+        "resident_mb": h.rounded(psutil.Process().memory_info().rss / 1e6),
+        "requests": requests,
+    }
+
+
+def _request(pipe: Any, subject: Any, size: h.Size) -> dict[str, Any]:
+    seconds: list[float] = []
+    steps: list[Compilations] = []
+    done, before, ours = time.perf_counter(), compilations(), subject.counters()
+    beginning = before
+
+    def ended(pipeline: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done, before
+        h.synchronize()
+        now, counted = time.perf_counter(), compilations()
+        seconds.append(now - done)
+        steps.append(counted - before)
+        done, before = now, counted
+        return given
+
+    torch.manual_seed(0)  # for window shifts that are drawn from the global generator
+    image = pipe(
+        _PROMPT,
+        height=size.height,
+        width=size.width,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(1),
+        output_type="np",
+        callback_on_step_end=ended,
+    ).images[0]
+    grid = np.ix_(*(np.linspace(0, side - 1, _SHOWN).astype(int) for side in image.shape[:2]))
+    made = compilations() - beginning
+    handle = {name: value - ours[name] for name, value in subject.counters().items()}
+    return {
+        "size": str(size),
+        "step_ms": [h.rounded(1e3 * second) for second in seconds],
+        "frames_by_step": [step.frames for step in steps],
+        **h.rounded_row(asdict(made)),
+        "handle": handle,
+        "probe": image[grid].astype(float).round(5).ravel().tolist(),
+    }
+
+
+def _verify(rows: list[dict[str, Any]]) -> None:
+    """Compares the images, and takes their pixels out of the rows."""
+    probes = {}
+    for row in rows:
+        for request in row.get("requests", ()):
+            probes[row["contender"], row["process"], request["size"]] = torch.tensor(request.pop("probe"))
+    for (name, process, size), got in probes.items():
+        want = probes.get((_SAME_IMAGES.get(name, "eager"), 1, size))
+        if want is not None:
+            h.verify(f"{name}, process {process}, {size}", got, want, _LIMIT)
+
+
+def _told(row: dict[str, Any]) -> str:
+    counts = [request["frames"] + request["handle"]["compiles"] for request in row["requests"]]
+    worst = max(max(request["step_ms"]) for request in row["requests"])
+    return (
+        f"{row['contender']}, process {row['process']}: first image after {row['first_image_s']:.1f} s, "
+        f"compilations {counts}, worst step {worst / 1e3:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    given = h.worker_config()
+    assert given is not None, "started by `run` alone"
+    print(json.dumps(serve(given)))

@@ -1,0 +1,115 @@
+"""The scenarios, by name: what is compared, over which calls. Nothing here changes without a new name. No torch.
+
+`StepScenario` is of single UNet calls, `RequestScenario` of whole requests in a process of its own for each contender.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from benchmarks.harness import Size
+
+STEPS: Final = 30  # of a request, in all scenarios
+NAIVE: Final = ("torch-compile", "repeated-blocks", "hidiffusion-compile")
+EAGER: Final = ("stock", "hidiffusion")
+
+
+def sizes(*texts: str) -> tuple[Size, ...]:
+    """Sizes from WIDTHxHEIGHT."""
+    return tuple(Size.parse(text) for text in texts)
+
+
+@dataclass(frozen=True)
+class StepScenario:
+    """UNet calls, one for each topology of a request at each size.
+
+    Attributes:
+        name: unique.
+        model: of `models.NAMES`.
+        sizes: of images.
+        contenders: as `accel-hidiff bench --backends` takes them; the reference, patched eager, runs in any case.
+        batch: of the UNet call: 2 is one image with guidance, 1 one without.
+        dtype, device: None: float32 on the CPU.
+        repeats: timed turns.
+    """
+
+    name: str
+    model: str
+    sizes: tuple[Size, ...]
+    contenders: tuple[str, ...]
+    batch: int = 2
+    dtype: str | None = None
+    device: str | None = None
+    repeats: int = 11
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON mapping."""
+        return {**asdict(self), "sizes": [str(size) for size in self.sizes], "steps": STEPS}
+
+
+@dataclass(frozen=True)
+class RequestScenario:
+    """Requests of text to image with guidance, one for each size, in one process after the other.
+
+    Attributes:
+        name: unique.
+        model: of `models.NAMES`.
+        sizes: in the order of the requests.
+        contenders: (name, processes): the second process finds on disk what the first one left there.
+        traced_only: peers have `torch.compile` trace, guard and count, but not generate code ("eager" in place of
+            Inductor): their counts do not need it, and are there in minutes.
+        dtype, device: None: float32 on the CPU.
+        limit_s: seconds after which a process begins no new request.
+    """
+
+    name: str
+    model: str
+    sizes: tuple[Size, ...]
+    contenders: tuple[tuple[str, int], ...]
+    traced_only: bool = False
+    dtype: str | None = None
+    device: str | None = None
+    limit_s: float = 600.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON mapping."""
+        return {**asdict(self), "sizes": [str(size) for size in self.sizes], "steps": STEPS}
+
+
+Scenario = StepScenario | RequestScenario
+
+_ALL: Final = (*EAGER, *NAIVE, "tensorrt", "inductor", "onediff", "aot", "aot/exact", "aot/whole/exact")
+_FIVE_SMALL: Final = sizes("256x256", "384x256", "256x384", "320x192", "512x512")
+_FIVE_LARGE: Final = sizes("1024x1024", "2048x2048", "2688x1536", "1536x2688", "4096x4096")
+_COUNTED: Final = (
+    ("eager", 1),
+    ("hidiffusion", 1),
+    ("hidiffusion-compile", 1),
+    ("torch-compile", 1),
+    ("repeated-blocks", 1),
+    ("aot", 2),
+)
+_COLD: Final = (("eager", 1), ("torch-compile", 2), ("aot", 2))
+_GPU: Final[dict[str, Any]] = {"dtype": "bfloat16", "device": "cuda"}
+
+CPU: Final[tuple[Scenario, ...]] = (
+    RequestScenario("five-sizes", "sdxl-tiny", _FIVE_SMALL, _COUNTED, traced_only=True),
+    RequestScenario("first-image", "sdxl-tiny", _FIVE_SMALL[-1:], _COLD),
+    StepScenario("square", "sdxl-tiny", sizes("512x512"), _ALL),
+    StepScenario("landscape", "sdxl-tiny", sizes("640x384"), (*EAGER, "aot")),
+    StepScenario("batch-1", "sdxl-tiny", sizes("512x512"), ("stock", "aot"), batch=1),
+    StepScenario("sd15", "sd15-tiny", sizes("512x512"), (*EAGER, "aot")),
+)
+GPU: Final[tuple[Scenario, ...]] = (
+    StepScenario("sdxl-gpu", "sdxl", _FIVE_LARGE, _ALL, **_GPU),
+    StepScenario("sdxl-gpu-batch-1", "sdxl", _FIVE_LARGE, ("stock", "aot"), batch=1, **_GPU),
+    StepScenario("sd15-gpu", "sd15", sizes("1024x1024", "2048x2048"), _ALL, **_GPU),
+    StepScenario("sd15-gpu-batch-1", "sd15", sizes("1024x1024", "2048x2048"), ("stock", "aot"), batch=1, **_GPU),
+)
+SMOKE: Final[tuple[Scenario, ...]] = (
+    RequestScenario("smoke-requests", "sdxl-tiny", sizes("128x128", "192x128"), (("eager", 1), ("aot", 2))),
+    StepScenario("smoke-steps", "sdxl-tiny", sizes("128x128"), ("stock", "tensorrt", "aot"), repeats=3),
+)
+SETS: Final[dict[str, Sequence[Scenario]]] = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}
