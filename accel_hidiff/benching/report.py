@@ -78,13 +78,27 @@ class Row:
         """Verified, timed, and nothing compiled meanwhile."""
         return self.state == "timed" and not self.compiled_while_timed
 
-    def to_json(self, reference: float | None) -> dict[str, Any]:
+    def ratio(self, reference: Row | None) -> float | None:
+        """Ratio of the medians, this over the reference's; None where one of the two has none."""
+        if reference is None or self.median is None or not reference.median:
+            return None
+        return self.median / reference.median
+
+    def ratio_range(self, reference: Row | None) -> tuple[float, float] | None:
+        """The least and the greatest ratio of two turns of the same round."""
+        if self.ratio(reference) is None or reference is None or len(self.times) != len(reference.times):
+            return None
+        ratios = [mine / other for mine, other in zip(self.times, reference.times, strict=True)]
+        return min(ratios), max(ratios)
+
+    def to_json(self, reference: Row | None) -> dict[str, Any]:
         """A plain JSON mapping; milliseconds with four significant digits.
 
         Args:
-            reference: seconds of the reference's call; None: no ratio can be told.
+            reference: the reference's row of the same case; None: no ratio can be told.
         """
         setup, median, quartiles = self.setup, self.median, self.quartiles
+        ratio_range = self.ratio_range(reference)
         return {
             "backend": self.backend,
             "size": self.case.size,
@@ -100,7 +114,8 @@ class Row:
             "error_limit": setup.get("limit") if self.backend != REFERENCE else None,
             "ms": _rounded(median, scale=1e3),
             "ms_quartiles": None if quartiles is None else [_rounded(time, scale=1e3) for time in quartiles],
-            "vs_eager": None if median is None or not reference else _rounded(median / reference, 3),
+            "vs_eager": _rounded(self.ratio(reference), 3),
+            "vs_eager_range": None if ratio_range is None else [_rounded(ratio, 3) for ratio in ratio_range],
             "turns": len(self.times),
             "calls_per_turn": self.calls if self.times else 0,
             "compiled_while_timed": self.timed.get("compiles", 0),
@@ -231,9 +246,9 @@ class Report:
                 count = row.compiled_while_timed
                 yield f"{what}: {count} graphs were compiled while it was timed; its time tells nothing"
 
-    def _reference(self, row: Row) -> float | None:
-        """Seconds of the reference's call of the same case."""
-        return next((other.median for other in self.rows if (other.backend, other.case) == (REFERENCE, row.case)), None)
+    def _reference(self, row: Row) -> Row | None:
+        """The reference's row of the same case."""
+        return next((other for other in self.rows if (other.backend, other.case) == (REFERENCE, row.case)), None)
 
 
 def _rounded(value: float | None, digits: int = 4, scale: float = 1.0) -> float | None:
