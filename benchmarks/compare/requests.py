@@ -37,7 +37,13 @@ _LIMIT = 1e-2  # of max|diff|/max|ref| between images of 30 steps
 _SAME_IMAGES = {"hidiffusion-compile": "hidiffusion", "hidiffusion": "hidiffusion", "stock": "stock"}
 
 
-def run(scenario: RequestScenario, pythons: Mapping[str, Path], threads: int | None, jobs: int) -> dict[str, Any]:
+def run(
+    scenario: RequestScenario,
+    pythons: Mapping[str, Path],
+    threads: int | None,
+    jobs: int,
+    cache: Path | None = None,
+) -> dict[str, Any]:
     """All contenders of a scenario.
 
     Args:
@@ -45,6 +51,7 @@ def run(scenario: RequestScenario, pythons: Mapping[str, Path], threads: int | N
         pythons: executables with environments of their own, by contender.
         threads: of torch; None: its own choice.
         jobs: contenders that run at the same time where they are only traced; elsewhere it is one.
+        cache: compile cache of this project's backends; None: an empty one for each of them.
 
     Returns:
         JSON values: the scenario's fields; "processes": what each answered, or the reason why there is none.
@@ -63,6 +70,7 @@ def run(scenario: RequestScenario, pythons: Mapping[str, Path], threads: int | N
             "device": scenario.device,
             "limit_s": scenario.limit_s,
             "threads": threads,
+            "cache": cache and str(cache),
         }
 
         def processes_of(entry: tuple[str, int]) -> list[dict[str, Any]]:
@@ -104,7 +112,10 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
     kept.mkdir(exist_ok=True)
     watch()
     pipe = load_pipeline(config["model"], config["dtype"], config["device"])
-    options = Options(dynamo_backend="eager" if config["traced_only"] else "inductor")
+    options = Options(
+        cache=config["cache"] and Path(config["cache"]),
+        dynamo_backend="eager" if config["traced_only"] else "inductor",
+    )
     subject = subject_of(contender, pipe, options, kept)
     pipe.set_progress_bar_config(disable=True)
     ready_s = time.time() - started

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 import accel_hidiff as ah
+from accel_hidiff.benching.found import find
 from accel_hidiff.benching.inputs import unet_inputs
 from accel_hidiff.benching.names import BENCHED
 from accel_hidiff.benching.options import Case, Options
@@ -71,8 +72,10 @@ def test_backends_are_verified_timed_and_reported(
     capsys: pytest.CaptureFixture[str], model_folder: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "bench.json"
-    backends = ["eager", "aot", *(name for name in ["onediff"] if not examine_backend(name).usable)]
+    here = ["eager", "stock", "aot"]
+    backends = [*here, *(name for name in ["onediff", "tensorrt", "hidiffusion"] if not find(name).usable)]
     asked = ["--size", "128x128", "--steps", str(STEPS), "--cache", str(cache_dir), "--threads", "1", "--repeats", "3"]
+    asked += ["--jobs", "2", "--python", f"stock={sys.executable}"]
     code = run(["bench", str(model_folder), *asked, "--backends", ",".join(backends), "--out", str(out), "--json"])
     captured = capsys.readouterr()
     assert code == 0, captured.err
@@ -88,22 +91,28 @@ def test_backends_are_verified_timed_and_reported(
     }
     assert report["machine"]["torch_threads"] == 1 and report["versions"]["torch"] == torch.__version__
     found = {backend["backend"]: backend for backend in report["backends"]}
-    assert list(found) == backends and found["aot"] == {"backend": "aot", "usable": True, "reason": None}
-    for name in backends[2:]:
-        assert found[name]["usable"] is False and found[name]["reason"] == examine_backend(name).detail
+    assert list(found) == backends
+    for name in here:
+        told = found[name]
+        assert told["usable"] is True and told["versions"] == report["versions"]
+        assert 0 < told["opened"]["weights_mb"] == told["ready"]["weights_mb"] < told["opened"]["resident_mb"]
+    for name in backends[3:]:
+        assert found[name] == {"backend": name, "usable": False, "reason": find(name).detail}
 
     rows = report["rows"]
-    assert [(row["topology"], row["backend"]) for row in rows] == [(t, b) for t in TOPOLOGIES for b in backends[:2]]
+    assert [(row["topology"], row["backend"]) for row in rows] == [(t, b) for t in TOPOLOGIES for b in here]
     for row in rows:
         assert (row["size"], row["state"], row["reason"], row["turns"]) == ("128x128", "timed", None, 3)
         assert (row["compiled"], row["compiled_while_timed"], row["dynamo_graphs_while_timed"]) == (0, 0, 0)
         low, high = row["ms_quartiles"]
         assert 0 < low <= row["ms"] <= high and row["calls_per_turn"] >= 1
-    for eager, aot in zip(rows[::2], rows[1::2], strict=True):
+    for eager, stock, aot in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert stock["error"] is None and stock["compiled"] == 0, "it computes something else"
         assert eager["vs_eager"] == 1 and eager["error"] is None and eager["steps"] == aot["steps"]
         assert aot["vs_eager"] == pytest.approx(aot["ms"] / eager["ms"], rel=1e-2)
+        assert eager["vs_eager_range"] == [1, 1] and 0 < aot["vs_eager_range"][0] <= aot["vs_eager_range"][1]
         assert 0 < aot["error"] < aot["error_limit"] == 1e-3
-    assert rows[1]["loaded"] > 0, "the graphs come from the cache"
+    assert rows[2]["loaded"] > 0, "the graphs come from the cache"
 
 
 @pytest.fixture(scope="module")
