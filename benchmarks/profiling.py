@@ -23,14 +23,20 @@ _NAME_LENGTH: Final = 120
 
 # The first pattern that is found names the category: attention kernels name CUTLASS, convolutions name "gemm", and the
 # elementwise kernel of eager's group norm names the norm.
+_TRITON: Final = (  # named after what was fused, neighbours of a kernel of its own among it
+    ("convolution", r"_tem_.*conv|^triton_conv"),
+    ("attention", r"_tem_.*(attention|sdpa)|_(red|per)_.*softmax"),
+    ("matmul", r"_tem_|^triton_(mm|bmm|addmm)"),
+    ("normalisation", r"_(red|per)_.*norm"),
+    ("elementwise", r""),
+)
 _KERNELS: Final = (
     ("copies", r"^mem(cpy|set)|nchwtonhwc|nhwctonchw|direct_copy_kernel|catarraybatchedcopy|copy_device_to_device"),
     ("attention", r"flash_|flash::|fmha|sdpa|attention|softmax"),
-    ("convolution", r"fprop|dgrad|wgrad|convol|conv2d|conv3d|winograd|depthwise|^triton_tem_.*conv"),
-    ("matmul", r"gemm|gemv|nvjet|cublas|splitk|matmul|^triton_(tem_.*)?_?(mm|bmm|addmm)|^triton_tem_"),
-    ("elementwise", r"^triton_poi_"),
+    ("convolution", r"fprop|dgrad|wgrad|convol|conv2d|conv3d|winograd|depthwise"),
+    ("matmul", r"gemm|gemv|nvjet|cublas|splitk|matmul"),
     ("normalisation", r"rowwisemoments|layer_?norm|group_?norm|batch_?norm|rms_?norm|computefusedparams"),
-    ("elementwise", r"^triton_|elementwise|reduce_kernel|arange|index|fillfunctor"),
+    ("elementwise", r"elementwise|reduce_kernel|arange|index|fillfunctor"),
 )
 _OPERATORS: Final = (
     ("attention", r"attention|softmax"),
@@ -96,7 +102,11 @@ def category(name: str) -> str:
     ('normalisation', 'elementwise')
     """
     lowered = name.lower()
-    for found, pattern in _OPERATORS if re.match(r"\w+::\w+$", lowered) else _KERNELS:
+    if re.match(r"\w+::\w+$", lowered):
+        table = _OPERATORS
+    else:
+        table = _TRITON if lowered.startswith("triton_") else _KERNELS
+    for found, pattern in table:
         if re.search(pattern, lowered):
             return found
     return "other"

@@ -45,13 +45,13 @@ def main() -> int:
     parser = _arguments()
     options = h.parsed(parser)
     clock = Clock(options.minutes)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the process of a case ends with this one
     try:
         stages = chosen(options.only)
     except ValueError as problem:
         parser.error(str(problem))
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected cpu on a machine without CUDA, got cuda; a dry run is --device cpu --tiny")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the process of a case ends with this one
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         setting = _setting(options, (options.cache or Path(directory)).resolve())
         model = {

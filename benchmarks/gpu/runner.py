@@ -55,14 +55,14 @@ def run_stages(stages: Sequence[Stage], lab: Lab, records: Records, clock: Clock
             if stage.needs_cache and not filled:  # by this run's own stage, or once more over what an earlier run left
                 filled = True
                 if clock.left_s > needed + stage_named(_FILL).seconds(lab.setting.tiny) / 2:
-                    filling = _in_process(stage_named(_FILL), lab, {}, clock.left_s)
+                    filling = run_alone(stage_named(_FILL), lab, {}, clock.left_s)
                     if filling.status != DONE:
                         print(f"filling the cache: {filling.status}: {filling.reason}", file=sys.stderr, flush=True)
             if clock.left_s < needed:
                 reason = f"{max(clock.left_s, 0):.0f} s were left, it needs about {needed:.0f}"
                 records.add(Record(stage.name, case, SKIPPED, 0.0, {}, reason))
                 continue
-            record = _in_process(stage, lab, case, clock.left_s) if stage.isolated else attempt(stage, lab, case)
+            record = run_alone(stage, lab, case, clock.left_s) if stage.isolated else attempt(stage, lab, case)
             filled = filled or stage.name == _FILL
             records.add(record)
 
@@ -107,7 +107,7 @@ def _known_ceilings(records: Records) -> Ceilings | None:
 # A process for one case
 
 
-def _in_process(stage: Stage, lab: Lab, case: Case, limit_s: float) -> Record:
+def run_alone(stage: Stage, lab: Lab, case: Case, limit_s: float) -> Record:
     """Runs a case in a process of its own, which is ended, with what it started, after `limit_s` seconds."""
     config = {
         "stage": stage.name,
