@@ -36,7 +36,9 @@ from accel_hidiff.topology import Topology
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 50
 GUIDANCE_BATCH = 2  # one image with classifier-free guidance
-_PATH_OPTIONS = ("--cache", "--out", "--plot")  # their values name places on this machine and stay out of the record
+# Their values name places on this machine and stay out of the record; of a file, the name is kept.
+_PATH_OPTIONS = ("--cache", "--out", "--plot", "--markdown")
+_FILES = (".json", ".png", ".md")
 
 
 class WrongOutput(RuntimeError):
@@ -314,11 +316,11 @@ class Report:
     def __init__(self, out: Path, tiny: bool) -> None:
         self._out = out
         self._content: dict[str, Any] = {
-            "command": _command(),
+            "command": command_line(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "smoke_run": tiny,
-            "commit": _git_commit(),
-            "source_sha256": _source_digest(),
+            "commit": git_commit(),
+            "source_sha256": source_digest(),
             "machine": machine(),
             "versions": versions(),
             "records": [],
@@ -337,18 +339,19 @@ class Report:
 
     def _write(self) -> None:
         self._content["load_average"] = rounded(os.getloadavg()[0], 2)
-        write_text(self._out, json.dumps(self._content, indent=1) + "\n")
+        write_whole(self._out, json.dumps(self._content, indent=1) + "\n")
 
 
-def write_text(out: Path, text: str) -> None:
-    """Writes a file, and its folder where there is none; nobody sees half of it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(f".{os.getpid()}.part")
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that whoever reads it finds all of it, or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.part")
     partial.write_text(text, encoding="utf-8")
-    partial.replace(out)
+    partial.replace(path)
 
 
-def _command() -> str:
+def command_line() -> str:
+    """The command of this process, without names of places on this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     words = ["python", "-m", spec.name] if spec else ["python", Path(sys.argv[0]).name]
     hidden = False
@@ -356,14 +359,14 @@ def _command() -> str:
         name, equals, value = word.partition("=")
         if hidden or (equals and name in _PATH_OPTIONS):
             path = Path(value if equals else word)
-            words.append((f"{name}=" if equals else "") + (path.name if path.suffix in (".json", ".png") else "DIR"))
+            words.append((f"{name}=" if equals else "") + (path.name if path.suffix in _FILES else "DIR"))
         else:
             words.append(word)
         hidden = word in _PATH_OPTIONS
     return " ".join(words)
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit, with "+" for a changed tree; None where nothing is committed."""
 
     def git(*words: str) -> str | None:
@@ -378,7 +381,7 @@ def _git_commit() -> str | None:
     return f"{commit}+" if changed else commit
 
 
-def _source_digest() -> str:
+def source_digest() -> str:
     """SHA-256 over the sources of both packages: tells which code was measured, committed or not."""
     digest = hashlib.sha256()
     for folder in ("accel_hidiff", "compile_cache"):

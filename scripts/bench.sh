@@ -36,7 +36,7 @@ while [ $# -gt 0 ]; do
         ;;
     -*) fail "expected --here, --tiny, --list, --out FOLDER or names of benchmarks, got $1" ;;
     *)
-        [ -f "$REPO/benchmarks/$1.py" ] || fail "expected one of ${known[*]} gpu soak, got $1"
+        [ -f "$REPO/benchmarks/$1.py" ] || [ -f "$REPO/benchmarks/$1/run.py" ] || fail "expected one of ${known[*]} gpu soak, got $1"
         names+=("$1")
         ;;
     esac
@@ -61,7 +61,9 @@ fi
 failed=()
 for name in "${names[@]}"; do
     read -ra words <<<"$(arguments_of "$name")"
-    command=(-m "benchmarks.$name" ${words[@]+"${words[@]}"} ${tiny[@]+"${tiny[@]}"} --out "$out/$name.json")
+    module="benchmarks.$name"
+    [ ! -d "$REPO/benchmarks/$name" ] || module+=.run
+    command=(-m "$module" ${words[@]+"${words[@]}"} ${tiny[@]+"${tiny[@]}"} --out "$out/$name.json")
     echo "python ${command[*]}"
     if [ "$only_list" = no ] && ! "$PY" "${command[@]}"; then failed+=("$name"); fi
 done

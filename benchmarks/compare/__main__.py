@@ -37,7 +37,7 @@ def main() -> None:
                 for record in run(scenario, Path(cache), pythons, options.threads, options.jobs):
                     report.keep(record)
     content = json.loads(options.out.read_text(encoding="utf-8"))
-    h.write_text(options.out.with_suffix(".md"), markdown(content, plot(content, options.out)))
+    h.write_whole(options.out.with_suffix(".md"), markdown(content, plot(content, options.out)))
 
 
 def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Scenario]:
