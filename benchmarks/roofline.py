@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-_MATMUL_SIDE: Final = 8192
-_COPY_BYTES: Final = 2**31
-_TINY_SIDE: Final = 256
-_TINY_BYTES: Final = 2**22
+# Sides of the matmul and bytes of the copy: as large as a device answers quickly, and far larger than its caches.
+_SIZES: Final = {"cuda": (8192, 2**31), "cpu": (2048, 2**28)}
+_TINY_SIZES: Final = (256, 2**22)
 _aten = torch.ops.aten
 _WRITE_ONLY: Final = ("copy_", "fill_", "zero_")  # their first argument is written and not read
 _ALLOCATIONS: Final = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted")
@@ -74,7 +73,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, tiny: bool = False, repea
         tiny: small operands, for a smoke run; the figures mean nothing then.
         repeats: timed calls of each.
     """
-    side, size = (_TINY_SIDE, _TINY_BYTES) if tiny else (_MATMUL_SIDE, _COPY_BYTES)
+    side, size = _TINY_SIZES if tiny else _SIZES[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     matmul_s = median_seconds(partial(torch.mm, a, b, out=product), device, repeats)

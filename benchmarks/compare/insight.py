@@ -72,7 +72,7 @@ def look(config: dict[str, Any]) -> dict[str, Any]:
                     numbers = {"tflop": counted.tflop, "eager_gb": counted.eager_gb}
                     work.append(names | h.rounded_row(numbers))
                 profiles.append({"contender": name, **names, **profiling.profile(call, unet.device).to_json()})
-    found = roofline.ceilings(unet.device, unet.dtype, tiny=unet.device.type == "cpu")
+    found = roofline.ceilings(unet.device, unet.dtype)
     return {"ceilings": h.rounded_row(vars(found)), "work": work, "profiles": profiles}
 
 
