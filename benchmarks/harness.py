@@ -381,10 +381,10 @@ def git_commit() -> str | None:
     return f"{commit}+" if changed else commit
 
 
-def source_digest() -> str:
+def source_digest(folders: Sequence[str] = ("accel_hidiff", "compile_cache")) -> str:
     """SHA-256 over the sources of both packages: tells which code was measured, committed or not."""
     digest = hashlib.sha256()
-    for folder in ("accel_hidiff", "compile_cache"):
+    for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()

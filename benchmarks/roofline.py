@@ -77,7 +77,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, tiny: bool = False, repea
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     matmul_s = median_seconds(partial(torch.mm, a, b, out=product), device, repeats)
-    source = torch.randint(0, 256, (size,), device=device, dtype=torch.uint8)
+    source = torch.randint(0, 2**31 - 1, (size // 4,), device=device, dtype=torch.int32)
     copy_s = median_seconds(partial(torch.empty_like(source).copy_, source), device, repeats)
     return Ceilings(2 * side**3 / matmul_s / 1e12, 2 * size / copy_s / 1e9)
 
@@ -145,12 +145,12 @@ def _moved(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     """Bytes that one operator reads and writes."""
     name = func._schema.name.partition("::")[2]
     results = {id(tensor): tensor for tensor in _tensors(out)}
-    if func.is_view or name in _ALLOCATIONS or not results:
+    if name in _ALLOCATIONS or not results:
         return 0
     taken = args[1:] if name in _WRITE_ONLY else args
     operands = {id(tensor): tensor for tensor in _tensors((taken, kwargs))}
     if not func._schema.is_mutable and _same_memory(operands.values(), results.values()):
-        return 0  # a view under another name
+        return 0  # a view
     return sum(_bytes(tensor) for tensor in (*operands.values(), *results.values()))
 
 

@@ -19,6 +19,7 @@ from benchmarks.gpu.model import inputs_of, make_unet, pipeline_of, twin
 from benchmarks.roofline import Ceilings, Work, count
 from benchmarks.step import call
 from compile_cache import CompileCache
+from compile_cache.errors import one_line
 
 Case = Mapping[str, str]  # what tells one record of a stage from the others
 Figures = dict[str, Any]  # JSON values
@@ -71,12 +72,16 @@ class Lab:
     Args:
         setting: of the run.
         ceilings: as an earlier stage, or an earlier run, measured them; None if none did.
+
+    Attributes:
+        jobs_failed: why compiling processes failed; None if they did not.
     """
 
     def __init__(self, setting: Setting, ceilings: Ceilings | None = None) -> None:
         self.setting, self.ceilings = setting, ceilings
         self.device = torch.device(setting.device)
         self.dtype: torch.dtype = getattr(torch, setting.dtype)
+        self.jobs_failed: str | None = None
         self._work: dict[tuple[str, str], Work] = {}
 
     @cached_property
@@ -101,10 +106,19 @@ class Lab:
         return ah.accelerate(pipeline_of(twin(self.unet)), hidiffusion=ah.HiDiffusionConfig(), **options)
 
     def precompile(self, handle: ah.Handle, sizes: tuple[h.Size, ...]) -> PrecompileReport:
-        """Compiles what these sizes need into the cache, by the setting's number of processes."""
+        """Compiles what these sizes need into the cache, by the setting's number of processes.
+
+        Where those fail, this process compiles what they left; `jobs_failed` then tells why they did.
+        """
         pixels = [(size.height, size.width) for size in sizes]
-        jobs = self.setting.jobs
-        return handle.precompile(pixels, h.NUM_STEPS, batch_sizes=(h.GUIDANCE_BATCH,), jobs=jobs)
+        compile_all = partial(handle.precompile, pixels, h.NUM_STEPS, batch_sizes=(h.GUIDANCE_BATCH,))
+        try:
+            return compile_all(jobs=self.setting.jobs)
+        except Exception as problem:
+            if self.setting.jobs is None:
+                raise
+            self.jobs_failed = one_line(f"{type(problem).__name__}: {problem}", 400)
+        return compile_all(jobs=None)
 
     @property
     def sizes(self) -> tuple[h.Size, ...]:

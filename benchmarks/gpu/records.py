@@ -18,7 +18,14 @@ WRONG: Final = "wrong"  # an output, or a compilation where there must be none
 FAILED: Final = "failed"
 CUT: Final = "cut"  # the budget was used up meanwhile
 SKIPPED: Final = "skipped"  # not enough time was left, or this machine cannot run it
-_SAME: Final = ("commit", "source_sha256", "model", "machine", "versions")  # what a run that is taken up must share
+_SAME: Final = (
+    "commit",
+    "source_sha256",
+    "benchmarks_sha256",
+    "model",
+    "machine",
+    "versions",
+)  # what a run that is taken up must share
 
 
 class CannotResume(RuntimeError):
@@ -52,6 +59,7 @@ def facts_of_run(model: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "commit": h.git_commit(),
         "source_sha256": h.source_digest(),
+        "benchmarks_sha256": h.source_digest(["benchmarks"]),
         "model": dict(model),
         "machine": machine(),
         "versions": versions(),

@@ -94,9 +94,14 @@ def attempt(stage: Stage, lab: Lab, case: Case) -> Record:
     return Record(stage.name, dict(case), status, round(time.perf_counter() - start, 2), figures, reason)
 
 
-def _told(problem: Exception) -> str:
+def _told(problem: BaseException) -> str:
+    """One line: what was raised, and what had been raised first where that came of it."""
     lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {one_line(lines[0], 400)}" if lines else type(problem).__name__
+    told = f"{type(problem).__name__}: {one_line(lines[0], 300)}" if lines else type(problem).__name__
+    first = problem
+    while (earlier := first.__cause__ or (None if first.__suppress_context__ else first.__context__)) is not None:
+        first = earlier
+    return told if first is problem else f"{told} (first: {_told(first)})"
 
 
 def _known_ceilings(records: Records) -> Ceilings | None:

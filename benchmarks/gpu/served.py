@@ -41,7 +41,7 @@ def run_precompile(lab: Lab, case: Case) -> Figures:
     return {
         "artifacts": made.artifacts, "compiled": made.compiled, "found": made.found, "graphs": made.graphs,
         "regions": made.regions, "compile_s": h.rounded(made.seconds), "artifacts_mb": h.rounded(made.bytes / 1e6),
-        "jobs": lab.setting.jobs,
+        "jobs": lab.setting.jobs, "jobs_failed": lab.jobs_failed,
     }  # fmt: skip
 
 
@@ -184,19 +184,19 @@ def run_float32(lab: Lab, case: Case) -> Figures:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     size = lab.sizes[0]
-    exact = Lab(replace(lab.setting, dtype="float32"))
-    handle = exact.accelerate()
-    made = exact.precompile(handle, (size,))
+    strict = Lab(replace(lab.setting, dtype="float32"))
+    handle = strict.accelerate()
+    made = strict.precompile(handle, (size,))
     figures: Figures = {"size": str(size), "limit": 1e-3, "compiled": made.compiled}
     wants = {}
     for topology in TOPOLOGIES:
-        want = wants[topology] = exact.call_of(exact.eager, size, topology)()
-        got = exact.call_of(handle.patch, size, topology)()
+        want = wants[topology] = strict.call_of(strict.eager, size, topology)()
+        got = strict.call_of(handle.patch, size, topology)()
         figures |= {f"{topology} {name}": value for name, value in compare(topology, got, want).items()}
     if handle.stats.eager_calls:
         raise h.WrongOutput(f"expected compiled calls only, got {handle.stats}")
     if lab.dtype != torch.float32:  # the same seed: weights differ by their rounding alone
-        del handle, got, exact
+        del handle, got, strict
         topology = TOPOLOGIES[0]
         rough = lab.call_of(lab.eager, size, topology)().double()
         apart = (rough - wants[topology].double()).norm() / wants[topology].double().norm()

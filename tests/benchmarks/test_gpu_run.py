@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def test_a_stage_that_fails_takes_no_other_down(lab: Lab, open_records: Any, tmp
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.md"]
 
 
+def test_the_reason_names_what_was_raised_first(lab: Lab, open_records: Any) -> None:
+    def run(lab: Lab, case: Case) -> Figures:
+        try:
+            raise RuntimeError("the event was captured")
+        finally:
+            {}["capture_end"]
+
+    records = open_records()
+    run_stages([stage("cuda_graph", run)], lab, records, Clock(1.0))
+    reason = "KeyError: 'capture_end' (first: RuntimeError: the event was captured)"
+    assert [record.reason for record in records] == [reason]
+
+
 def test_only_stages_that_check_something_fail_the_run(lab: Lab, open_records: Any) -> None:
     records = open_records()
     failing = [stage("memory", raising(ValueError("no"))), stage("load", raising(ValueError("no")), checks=True)]
@@ -143,11 +157,25 @@ def test_a_case_in_a_process_of_its_own_ends_with_the_minutes(lab: Lab) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_leaves_its_last_words(tmp_path: Path) -> None:
-    lab = Lab(Setting("cpu", "float32", True, ((128, 128),), str(tmp_path), None, 3))
-    lab.setting = Setting("nowhere", *list(vars(lab.setting).values())[1:])
+def test_a_process_that_dies_leaves_its_last_words(lab: Lab) -> None:
+    lab.setting = replace(lab.setting, device="nowhere")
     record = run_alone(stage_named("load"), lab, {}, limit_s=100.0)
     assert record.status == FAILED and "its process ended with 1" in record.reason and "nowhere" in record.reason
+
+
+def test_what_compiling_processes_leave_this_one_compiles(lab: Lab) -> None:
+    asked: list[int | None] = []
+
+    class Handle:
+        def precompile(self, sizes: object, steps: int, *, batch_sizes: object, jobs: int | None) -> str:
+            asked.append(jobs)
+            if jobs is not None:
+                raise RuntimeError("no device in that process")
+            return "report"
+
+    several: Any = Lab(replace(lab.setting, jobs=3))
+    assert several.precompile(Handle(), several.sizes) == "report" and asked == [3, None]
+    assert several.jobs_failed == "RuntimeError: no device in that process"
 
 
 def test_a_second_process_that_would_compile_is_wrong(lab: Lab) -> None:
