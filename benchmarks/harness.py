@@ -36,6 +36,7 @@ from accel_hidiff.topology import Topology
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 50
 GUIDANCE_BATCH = 2  # one image with classifier-free guidance
+_MEASURED = ("accel_hidiff", "compile_cache", "benchmarks", ":!benchmarks/results")
 # Their values name places on this machine and stay out of the record; of a file, the name is kept.
 _PATH_OPTIONS = ("--cache", "--out", "--plot", "--markdown")
 _FILES = (".json", ".png", ".md")
@@ -377,7 +378,7 @@ def git_commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
-    changed = commit is not None and git("status", "--porcelain", "--", "accel_hidiff", "compile_cache", "benchmarks")
+    changed = commit is not None and git("status", "--porcelain", "--", *_MEASURED)
     return f"{commit}+" if changed else commit
 
 

@@ -10,29 +10,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, Sta
 from diffusers import UNet2DConditionModel as UNet
 
 from accel_hidiff.demo import build_pipeline, tiny_config
+from benchmarks.unets import SD15, SD15_TINY, SDXL
 
 _BETAS: Final = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-_SD15_TINY: Final[dict[str, Any]] = {
-    "sample_size": 16,
-    "block_out_channels": (16, 16, 16, 16),
-    "attention_head_dim": 2,
-    "cross_attention_dim": 16,
-    "norm_num_groups": 4,
-}
-_SD15_FULL: Final[dict[str, Any]] = {"sample_size": 64, "cross_attention_dim": 768}
-_SDXL_FULL: Final[dict[str, Any]] = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 NAMES: Final = ("sdxl-tiny", "sd15-tiny", "sdxl", "sd15")
 
 
@@ -58,18 +38,18 @@ def _sdxl_tiny() -> Any:
 
 def _sd15_tiny() -> Any:
     like = _sdxl_tiny()
-    return _sd15_of(_unet(_SD15_TINY), like.vae, like.text_encoder, like.tokenizer)
+    return _sd15_of(_unet(SD15_TINY), like.vae, like.text_encoder, like.tokenizer)
 
 
 def _sd15() -> Any:
-    return _sd15_of(_unet(_SD15_FULL), _small_vae(), None, None)
+    return _sd15_of(_unet(SD15), _small_vae(), None, None)
 
 
 def _sdxl() -> Any:
     absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     scheduler = DDIMScheduler(**_BETAS, clip_sample=False, set_alpha_to_one=False)
     return StableDiffusionXLPipeline(
-        vae=_small_vae(), unet=_unet(_SDXL_FULL), scheduler=scheduler, add_watermarker=False, **absent
+        vae=_small_vae(), unet=_unet(SDXL), scheduler=scheduler, add_watermarker=False, **absent
     )
 
 

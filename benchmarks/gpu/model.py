@@ -6,34 +6,15 @@ It needs no pipeline on disk: a `StableDiffusionXLPipeline` of a UNet and nothin
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks import harness as h
+from benchmarks.unets import SDXL, SDXL_TINY
 
-_SDXL: Final[dict[str, Any]] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "norm_num_groups": 32,
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_TINY: Final[dict[str, Any]] = {
-    "sample_size": 16,
-    "block_out_channels": (16, 16, 16),
-    "transformer_layers_per_block": (1, 1, 1),
-    "attention_head_dim": (2, 2, 2),
-    "cross_attention_dim": 32,
-    "norm_num_groups": 4,
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 64,
-}
 # (relative L2, max|diff| / max|ref|) that two ways of running the same graph have to stay below. Two runs in bfloat16
 # differ by the order of their roundings (2^-9 each, through some 70 transformer blocks); a wrong graph differs by 1.
 LIMITS: Final = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 1e-1)}
@@ -48,16 +29,7 @@ def make_unet(tiny: bool, device: torch.device, dtype: torch.dtype) -> UNet2DCon
     """A UNet with random weights from a fixed seed, in channels_last."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=2,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            **(_TINY if tiny else _SDXL),
-        )
+        unet = UNet2DConditionModel(**(SDXL_TINY if tiny else SDXL))
     return unet.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import accel_hidiff as ah
+from accel_hidiff.benching.compilations import compilations, watch
 from benchmarks import harness as h
 from benchmarks.gpu.lab import Case, Figures, Lab, ratio, timing_fields
 from benchmarks.gpu.model import compare, pipeline_of, twin
@@ -26,15 +27,14 @@ def run_torch_compile(lab: Lab, case: Case) -> Figures:
 def run_repeated(lab: Lab, case: Case) -> Figures:
     """diffusers' `compile_repeated_blocks` on the patched UNet, with Dynamo's own limits.
 
-    Past its limit of recompilations Dynamo runs a block eager and says nothing; the count of graphs shows it.
+    Past its limit of recompilations Dynamo runs a block eager: `gave_up` counts those.
     """
-    from torch._dynamo.utils import counters
-
+    watch()
     patch = ah.apply_hidiffusion(pipeline_of(twin(lab.unet)))
     patch.unet.compile_repeated_blocks(fullgraph=False, dynamic=False)
     figures = _against_eager(lab, lab.setting.largest, "repeated", patch)
-    breaks = sum(counters["graph_break"].values())
-    return figures | {"dynamo_graphs": int(counters["stats"]["unique_graphs"]), "graph_breaks": int(breaks)}
+    made = compilations()
+    return figures | {"dynamo_graphs": made.graphs, "graph_breaks": made.graph_breaks, "gave_up": made.gave_up}
 
 
 def run_whole(lab: Lab, case: Case) -> Figures:

@@ -103,7 +103,7 @@ STAGES: Final = (
     Stage("memory", served.run_memory, 35, 8, {}, isolated=True, needs_cache=True),
     Stage("float32", served.run_float32, 90, 10, {}, isolated=True, checks=True),
     _rival("torch_compile", rivals.run_torch_compile, 100, 90),
-    _rival("repeated", rivals.run_repeated, 60, 15, columns={"dynamo_graphs": "graphs", "graph_breaks": "breaks"}),
+    _rival("repeated", rivals.run_repeated, 60, 15, columns={"dynamo_graphs": "graphs", "graph_breaks": "breaks", "gave_up": "ran eager"}),
     _rival(
         "exact", rivals.run_exact, 80, 60, needs_cache=True, checks=True,
         columns={"symbolic_ms": "symbolic ms", "exact_over_symbolic_ratio": "/ symbolic", "compile_s": "compile s"},
