@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -123,8 +124,8 @@ class Contestant:
         """JSON values: megabytes of the weights of all models, resident now and at the most; on a GPU, allocated."""
         models = [part for part in self.subject.pipe.components.values() if isinstance(part, torch.nn.Module)]
         weights = {id(weight): weight.nbytes for model in models for weight in (*model.parameters(), *model.buffers())}
-        process = psutil.Process().memory_info()
-        told = {"weights_mb": sum(weights.values()) / 1e6, "resident_mb": process.rss / 1e6}
+        resident, peak = psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        told = {"weights_mb": sum(weights.values()) / 1e6, "resident_mb": resident / 1e6, "peak_mb": peak / 1e6}
         if self._unet.device.type == "cuda":
             told["gpu_mb"] = torch.cuda.memory_allocated(self._unet.device) / 1e6
             told["gpu_peak_mb"] = torch.cuda.max_memory_allocated(self._unet.device) / 1e6
