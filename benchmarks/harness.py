@@ -354,7 +354,7 @@ def write_whole(path: Path, text: str) -> None:
 def command_line() -> str:
     """The command of this process, without names of places on this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    words = ["python", "-m", spec.name] if spec else ["python", Path(sys.argv[0]).name]
+    words = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", Path(sys.argv[0]).name]
     hidden = False
     for word in sys.argv[1:]:
         name, equals, value = word.partition("=")
