@@ -277,16 +277,9 @@ class Process:
         return self.handled("compiles") if self.ours else self.counted()["graphs"]
 
     def marks(self, request: Mapping[str, Any]) -> list[int]:
-        """Steps of a request in which anything was compiled.
-
-        Of this project's backends, which compile in processes of their own, it is the steps that stalled in a request
-        in which the handle counted a compilation.
-        """
-        seen = {step for step, frames in enumerate(request["frames_by_step"]) if frames}
-        if self.ours and request["handle"].get("compiles", 0):
-            limit = STALL * statistics.median(request["step_ms"])
-            seen |= {step for step, ms in enumerate(request["step_ms"]) if ms > limit}
-        return sorted(seen)
+        """Steps of a request in which anything was compiled, by torch's records or the handle's counter."""
+        counted = zip(request["frames_by_step"], request["compiles_by_step"], strict=True)
+        return [step for step, counts in enumerate(counted) if any(counts)]
 
     @property
     def worst(self) -> Worst | None:

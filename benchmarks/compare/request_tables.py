@@ -88,9 +88,8 @@ def compilations(content: Content, plots: Sequence[Path]) -> list[str]:
         '(`counters["stats"]["unique_graphs"]`), recompilations (those records whose id says that it was not the '
         'first time), graph breaks (`counters["graph_break"]`), and functions given up: Dynamo logs that one reached '
         "the limit of recompilations, and it runs eager from then on. Compiled and loaded by this project are its "
-        "handle's counters; a peer has none. Steps with compiling are those in which torch recorded any; of this "
-        f"project's backends also those longer than {STALL:g} times the median, in requests in which the handle "
-        "counted some, because their compilers run in other processes. Steps are counted from 0.",
+        "handle's counters; a peer has none. Steps with compiling are those in which torch or the handle counted any. "
+        "Steps are counted from 0.",
         picture(plots, "compilations", "milliseconds of each step, with marks where something was compiled"),
     ]
     if not content.requests:

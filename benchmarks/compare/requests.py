@@ -138,6 +138,7 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
 def _request(pipe: Any, subject: Any, size: h.Size) -> dict[str, Any]:
     seconds: list[float] = []
     steps: list[Compilations] = []
+    compiled: list[int] = []
     done, before, ours = time.perf_counter(), compilations(), subject.counters()
     beginning = before
 
@@ -147,6 +148,7 @@ def _request(pipe: Any, subject: Any, size: h.Size) -> dict[str, Any]:
         now, counted = time.perf_counter(), compilations()
         seconds.append(now - done)
         steps.append(counted - before)
+        compiled.append(subject.counters()["compiles"] - ours["compiles"] - sum(compiled))
         done, before = now, counted
         return given
 
@@ -167,6 +169,7 @@ def _request(pipe: Any, subject: Any, size: h.Size) -> dict[str, Any]:
         "size": str(size),
         "step_ms": [h.rounded(1e3 * second) for second in seconds],
         "frames_by_step": [step.frames for step in steps],
+        "compiles_by_step": compiled,
         **h.rounded_row(asdict(made)),
         "handle": handle,
         "probe": image[grid].astype(float).round(5).ravel().tolist(),

@@ -122,6 +122,7 @@ def request(size: str, stalls: Mapping[int, float] | None = None, compiles: int 
         "size": size,
         "step_ms": [(stalls or {}).get(step, 10.0) for step in range(30)],
         "frames_by_step": [0] * 30,
+        "compiles_by_step": [compiles, *[0] * 29],
         "graphs": 0,
         "frames": 0,
         "recompilations": 0,
