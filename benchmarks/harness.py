@@ -14,11 +14,14 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,13 +35,14 @@ from accel_hidiff.benching.facts import machine, versions
 from accel_hidiff.compiling.child import import_path
 from accel_hidiff.demo import build_pipeline, tiny_config
 from accel_hidiff.topology import Topology
+from compile_cache.errors import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 50
 GUIDANCE_BATCH = 2  # one image with classifier-free guidance
 _MEASURED = ("accel_hidiff", "compile_cache", "benchmarks", ":!benchmarks/results")
 # Their values name places on this machine and stay out of the record; of a file, the name is kept.
-_PATH_OPTIONS = ("--cache", "--out", "--plot", "--markdown")
+_PATH_OPTIONS = ("--cache", "--out", "--plot", "--markdown", "--python")
 _FILES = (".json", ".png", ".md")
 
 
@@ -269,6 +273,10 @@ def rounded_row(row: Mapping[str, Any]) -> dict[str, Any]:
 # Subprocesses
 
 
+class WorkerFailed(RuntimeError):
+    """A process ended without an answer; the message, one line, ends with what it wrote last."""
+
+
 def worker(
     module: str,
     config: Mapping[str, Any],
@@ -276,21 +284,40 @@ def worker(
     limit_s: float | None = None,
     python: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs `python -m MODULE --worker JSON` in a process of its own and returns the JSON line that it prints last.
+    """Runs `python -m MODULE --worker JSON` in a process of its own and returns the JSON object that it prints last.
 
-    `python` is an executable with an environment of its own; None: this one.
+    Args:
+        module: its main program answers `worker_config`.
+        config: JSON values.
+        environment: more variables.
+        limit_s: seconds after which it is ended, with all that it started; None: none.
+        python: an executable with an environment of its own; None: this one.
 
     Raises:
-        RuntimeError: the process failed; the message ends with what it wrote to stderr.
-        subprocess.TimeoutExpired: it took longer than `limit_s` seconds and was killed.
+        WorkerFailed: it printed no such line.
+        subprocess.TimeoutExpired: it took longer than `limit_s`.
     """
     command = [str(python or sys.executable), "-m", module, "--worker", json.dumps(dict(config))]
     full = {**import_path(python), **(environment or {})}
-    done = subprocess.run(command, cwd=ROOT, env=full, capture_output=True, text=True, check=False, timeout=limit_s)
-    if done.returncode:
-        raise RuntimeError(f"{module} {dict(config)} failed with {done.returncode}: ...{done.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        out, log = Path(folder) / "out", Path(folder) / "log"
+        with out.open("wb") as stdout, log.open("wb") as stderr:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=full, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0
+            )
+        try:
+            code = process.wait(limit_s)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for line in reversed(out.read_text(encoding="utf-8", errors="replace").splitlines()):
+            with suppress(ValueError):  # what a library printed after it
+                if isinstance(answer := json.loads(line), dict):
+                    return answer
+        told = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last = one_line(told[-1], 400) if told else "it said nothing"
+    raise WorkerFailed(f"{module}: its process ended with {code}: {last}")
 
 
 def worker_config() -> dict[str, Any] | None:
@@ -355,16 +382,25 @@ def command_line() -> str:
     """The command of this process, without names of places on this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     words = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", Path(sys.argv[0]).name]
-    hidden = False
+    before = ""
     for word in sys.argv[1:]:
         name, equals, value = word.partition("=")
-        if hidden or (equals and name in _PATH_OPTIONS):
-            path = Path(value if equals else word)
-            words.append((f"{name}=" if equals else "") + (path.name if path.suffix in _FILES else "DIR"))
+        if before in _PATH_OPTIONS:
+            words.append(_shown(before, word))
+        elif equals and name in _PATH_OPTIONS:
+            words.append(f"{name}={_shown(name, value)}")
         else:
             words.append(word)
-        hidden = word in _PATH_OPTIONS
+        before = word
     return " ".join(words)
+
+
+def _shown(option: str, value: str) -> str:
+    """The value of an option without the place that it names."""
+    if option == "--python":
+        return f"{value.partition('=')[0]}=PYTHON"
+    path = Path(value)
+    return path.name if path.suffix in _FILES else "DIR"
 
 
 def git_commit() -> str | None:

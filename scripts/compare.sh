@@ -29,13 +29,16 @@ while [ $# -gt 0 ]; do
 done
 
 set_up "$here"
-python="$PY" pythons=()
+pythons=()
 if [ "$here" = no ]; then
-    use_versions .venv-hidiffusion constraints-hidiffusion.txt 2.13.0
-    check_python
-    use_own_environment hidiffusion
-    pythons=(--python "hidiffusion=$PY" --python "hidiffusion-compile=$PY")
+    if (use_versions .venv-hidiffusion constraints-hidiffusion.txt 2.13.0 && check_python && use_own_environment hidiffusion); then
+        for name in hidiffusion hidiffusion-compile; do
+            pythons+=(--python "$name=$REPO/.venv-hidiffusion/bin/python")
+        done
+    else
+        echo "the authors' package could not be installed (see above): it counts as absent" >&2
+    fi
     if [ -x "$REPO/.venv-onediff/bin/python" ]; then pythons+=(--python "onediff=$REPO/.venv-onediff/bin/python"); fi
 fi
 cd "$REPO"
-exec "$python" -m benchmarks.compare --out "$out" ${pythons[@]+"${pythons[@]}"} ${rest[@]+"${rest[@]}"}
+exec "$PY" -m benchmarks.compare --out "$out" ${pythons[@]+"${pythons[@]}"} ${rest[@]+"${rest[@]}"}

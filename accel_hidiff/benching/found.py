@@ -32,8 +32,10 @@ def find(name: str, python: Path | None = None) -> Finding:
     try:
         environment = import_path(python)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=_LIMIT)
-    except (OSError, subprocess.TimeoutExpired) as problem:
-        return Finding(name, False, one_line(str(problem), 300))
+    except subprocess.TimeoutExpired:
+        return Finding(name, False, f"looking for it took longer than {_LIMIT:g} s")
+    except OSError as problem:
+        return Finding(name, False, f"its Python does not run: {problem.strerror}")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return Finding(name, False, one_line(last, 300))

@@ -92,6 +92,11 @@ class Options:
             BadInput: it is no such pair, or there is no such executable.
         """
         pairs = []
+        if texts and (place := Path(__file__).resolve().parents[2]).name in ("site-packages", "dist-packages"):
+            raise BadInput(
+                "--python: expected this project in a checkout, from where another environment can import it alone, "
+                f"got one in {place.name}; run it from a checkout"
+            )
         for text in texts:
             name, equals, path = text.partition("=")
             if not equals or not os.access(path, os.X_OK) or Path(path).is_dir():

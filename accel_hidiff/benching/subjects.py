@@ -113,7 +113,8 @@ class _Naive:
 
     def counters(self) -> dict[str, int]:
         """As in `Subject`; a compiled graph is one that Dynamo captured."""
-        return {"compiles": compilations().graphs, "loads": 0, "bindings": 0, "eager_calls": compilations().gave_up}
+        made = compilations()
+        return {"compiles": made.graphs, "loads": 0, "bindings": 0, "eager_calls": made.gave_up}
 
     def require_served(self, counted: dict[str, int]) -> None:
         """As in `Subject`."""

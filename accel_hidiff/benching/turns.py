@@ -57,7 +57,7 @@ class Outcome:
 
 
 def compete(entries: Sequence[tuple[str, Options]], work: Path, watcher: Watcher) -> Outcome:
-    """Runs all backends. One process works at any time; none is left afterwards, however it ends.
+    """Runs all backends. Turns are taken by one process at any time; none is left afterwards, however it ends.
 
     Args:
         entries: (backend, its options), the reference first. Their sizes, steps and repeats are those of the first.
@@ -109,6 +109,8 @@ def _prepare(
     for case, reference in zip(cases, references, strict=True):
         watcher.now(f"{worker.backend}: {case.size} {case.topology}, setting up")
         worker.set_up(case, reference, wanted[case])
+        if worker.ended:  # by an interrupt, which is told once
+            return
         watcher.note(worker.told(case))
         watcher.done(1)
     worker.weigh("ready")
@@ -148,7 +150,12 @@ class _Worker:
         threads = {} if options.threads is None else {"OMP_NUM_THREADS": str(options.threads)}
         python = options.python_of(backend)
         self._child = Child("accel_hidiff.benching.worker", [backend], folder, threads, python)
-        self.end = self._child.end
+        self.ended = False
+
+    def end(self) -> None:
+        """Ends the process, whatever it does."""
+        self.ended = True
+        self._child.end()
 
     def open_reference(self) -> dict[str, Any]:
         """Loads the model of the reference, without which there is no bench; what it told."""

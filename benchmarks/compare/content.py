@@ -204,11 +204,12 @@ class Steps:
         return sum(stop - start for start, stop in spans.values())
 
     def setup(self, contender: str, size: str | None = None) -> Setup:
-        """The cost of the first calls; of all sizes, or one."""
+        """The cost of the first calls; of all sizes, or one. Seconds are told where no case is missing."""
         rows = [row for row in self.rows if row["backend"] == contender and size in (None, row["size"])]
-        seconds = [row["setup_cpu_s"] for row in rows if row.get("setup_cpu_s") is not None]
+        seconds = [row.get("setup_cpu_s") for row in rows]
+        told = [value for value in seconds if value is not None]
         compiled, loaded = (sum(row.get(name) or 0 for row in rows) for name in ("compiled", "loaded"))
-        return Setup(sum(seconds) if seconds else None, compiled, loaded)
+        return Setup(sum(told) if told and len(told) == len(seconds) else None, compiled, loaded)
 
     def memory(self, contender: str) -> Memory | None:
         """Of a contender; None where it did not live until all cases were set up."""
@@ -438,6 +439,11 @@ class Content:
         """In the order of the file."""
         steps = {one.name: one for one in self.steps}
         return [Insight(record, steps.get(record["scenario"])) for record in self._of_kind("insight")]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Scenarios that ended early, with the reason."""
+        return {record["name"]: record["failed"] for record in self._of_kind("failed")}
 
     def _of_kind(self, kind: str) -> list[Mapping[str, Any]]:
         return [record for record in self.json.get("records", ()) if record["kind"] == kind]

@@ -14,7 +14,8 @@ from accel_hidiff.benching.options import Options
 from benchmarks import harness as h
 from benchmarks import profiling, roofline
 from benchmarks.compare import models
-from benchmarks.compare.scenarios import STEPS, StepScenario
+from benchmarks.compare.scenarios import STEPS, StepScenario, dtype_of
+from benchmarks.compare.steps import cache_of
 
 _PROFILED = ("eager", "aot")
 
@@ -24,17 +25,17 @@ def run(scenario: StepScenario, cache: Path, threads: int | None) -> dict[str, A
 
     Args:
         scenario: whose calls are looked at.
-        cache: compile cache that holds its graphs.
+        cache: as of `steps.run`, which was there before.
         threads: of torch; None: its own choice.
 
     Returns:
         JSON values: "scenario", "ceilings", "work" and "profiles", the latter two for each size and topology.
     """
     with tempfile.TemporaryDirectory(prefix="compare-") as directory:
-        model = models.save(scenario.model, Path(directory) / "model")
+        model = models.save(scenario.model, Path(directory) / "model", dtype_of(scenario))
         config = {
             "model": str(model),
-            "cache": str(cache),
+            "cache": str(cache_of(cache, _PROFILED[-1])),
             "sizes": scenario.sizes,
             "batch": scenario.batch,
             "dtype": scenario.dtype,
@@ -67,6 +68,7 @@ def look(config: dict[str, Any]) -> dict[str, Any]:
             names = {"size": case.size, "topology": case.topology}
             with contestant.called(case) as call:
                 call()
+                contestant.subject.require_served(contestant.subject.counters())
                 if name == "eager":
                     counted = roofline.count(call)
                     numbers = {"tflop": counted.tflop, "eager_gb": counted.eager_gb}

@@ -16,19 +16,19 @@ _BETAS: Final = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "sca
 NAMES: Final = ("sdxl-tiny", "sd15-tiny", "sdxl", "sd15")
 
 
-def save(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save(name: str, folder: Path, dtype: str = "float32") -> Path:
     """Makes a model of `NAMES` and saves it; the full-size ones have a UNet and a small VAE, and no text encoders.
 
     Args:
         name: the published layout in its published size, or with "-tiny" at 16 channels, all parts with it.
         folder: to write.
-        dtype: of the weights.
+        dtype: of the weights, its name.
 
     Returns:
         The folder.
     """
     pipe = {"sdxl-tiny": _sdxl_tiny, "sd15-tiny": _sd15_tiny, "sdxl": _sdxl, "sd15": _sd15}[name]()
-    pipe.to(dtype).save_pretrained(folder)
+    pipe.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
 

@@ -41,8 +41,8 @@ def cold_start(content: Content, plots: Sequence[Path]) -> list[str]:
         'Sums over the requests so far. "Stalls" are what a user waits, taken alike for everyone: what steps take '
         f"beyond {STALL:g} times the median step of their request, the load of text encoders and caches in a first "
         'step included, so that eager has some too. "Torch\'s records" are the seconds that '
-        "`torch._dynamo.utils.get_compilation_metrics` has of each compilation; this project's `aot` compiles in "
-        "processes of its own, which are not in them.",
+        "`torch._dynamo.utils.get_compilation_metrics` has of each compilation; this project's `aot` exports and "
+        "compiles ahead of time, without Dynamo, and is not in them.",
     ]
     if not several:
         blocks.append('Missing: the file has no record of kind "requests" with several sizes.')

@@ -8,9 +8,10 @@ everything a user waits for is in them. Compilations are counted by torch's own 
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -28,13 +29,17 @@ from accel_hidiff.benching.subjects import subject_of
 from accel_hidiff.models import load_pipeline
 from benchmarks import harness as h
 from benchmarks.compare import models
-from benchmarks.compare.scenarios import STEPS, RequestScenario
+from benchmarks.compare.scenarios import STEPS, RequestScenario, dtype_of
+from benchmarks.compare.text import reason
 
 _PROMPT = "a red circle"
 _SHOWN = 16  # pixels of an image's side that are compared
 _LIMIT = 1e-2  # of max|diff|/max|ref| between images of 30 steps
-# Whose images a contender's have to be. The authors' package draws other window shifts than this project.
-_SAME_IMAGES = {"hidiffusion-compile": "hidiffusion", "hidiffusion": "hidiffusion", "stock": "stock"}
+_GRACE_S = 600.0  # for the request that a process began in time
+# Whose images a contender's have to be, if not eager's. The authors' package draws other window shifts in a request.
+_SAME_IMAGES = {"hidiffusion-compile": "hidiffusion"}
+_UNCOMPARED = ("eager", "stock", "hidiffusion")
+_WRONG = "wrong output"
 
 
 def run(
@@ -54,14 +59,12 @@ def run(
         cache: compile cache of this project's backends; None: an empty one for each of them.
 
     Returns:
-        JSON values: the scenario's fields; "processes": what each answered, or the reason why there is none.
-
-    Raises:
-        WrongOutput: a contender's images differ from those of its eager counterpart.
+        JSON values: the scenario's fields; "processes": what each answered, or as "failed" the reason why there is
+        none: one whose images differ from those of its eager counterpart, or that has none, has no figures either.
     """
     with tempfile.TemporaryDirectory(prefix="compare-") as directory:
         place = Path(directory)
-        model = models.save(scenario.model, place / "model")
+        model = models.save(scenario.model, place / "model", dtype_of(scenario))
         config = {
             "model": str(model),
             "sizes": scenario.sizes,
@@ -79,8 +82,7 @@ def run(
 
         with ThreadPoolExecutor(jobs if scenario.traced_only else 1) as pool:
             rows = [row for rows in pool.map(processes_of, scenario.contenders) for row in rows]
-    _verify(rows)
-    return {**scenario.to_json(), "processes": rows}
+    return {**scenario.to_json(), "processes": verified(rows)}
 
 
 def _processes(
@@ -93,11 +95,13 @@ def _processes(
     files = {"TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"), "TRITON_CACHE_DIR": str(kept / "triton")}
     rows: list[dict[str, Any]] = []
     for number in range(1, processes + 1):
-        full = {**config, "contender": name, "kept": str(kept)}
+        full, limit_s = {**config, "contender": name, "kept": str(kept)}, config["limit_s"] + _GRACE_S
         try:
-            answer = h.worker("benchmarks.compare.requests", full, files, python=python)
-        except RuntimeError as problem:
-            rows.append({"contender": name, "process": number, "failed": str(problem).splitlines()[-1][:300]})
+            answer = h.worker("benchmarks.compare.requests", full, files, limit_s, python)
+        except (h.WorkerFailed, subprocess.TimeoutExpired) as problem:
+            late = isinstance(problem, subprocess.TimeoutExpired)
+            why = f"ended after {limit_s:g} s" if late else reason(str(problem))
+            rows.append({"contender": name, "process": number, "failed": why})
             break
         rows.append({"contender": name, "process": number, **answer})
         print(_told(rows[-1]), flush=True)
@@ -149,7 +153,8 @@ def _request(pipe: Any, subject: Any, size: h.Size) -> dict[str, Any]:
         seconds.append(now - done)
         steps.append(counted - before)
         compiled.append(subject.counters()["compiles"] - ours["compiles"] - sum(compiled))
-        done, before = now, counted
+        before = counted
+        done = time.perf_counter()  # counting is nobody's
         return given
 
     torch.manual_seed(0)  # for window shifts that are drawn from the global generator
@@ -176,25 +181,45 @@ def _request(pipe: Any, subject: Any, size: h.Size) -> dict[str, Any]:
     }
 
 
-def _verify(rows: list[dict[str, Any]]) -> None:
-    """Compares the images, and takes their pixels out of the rows."""
-    probes = {}
-    for row in rows:
-        for request in row.get("requests", ()):
-            probes[row["contender"], row["process"], request["size"]] = torch.tensor(request.pop("probe"))
-    for (name, process, size), got in probes.items():
-        want = probes.get((_SAME_IMAGES.get(name, "eager"), 1, size))
-        if want is not None:
-            h.verify(f"{name}, process {process}, {size}", got, want, _LIMIT)
+def verified(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without their images' pixels; where these are wrong, with the reason and without figures."""
+    probes = {
+        (row["contender"], row["process"], request["size"]): torch.tensor(request.pop("probe"))
+        for row in rows
+        for request in row.get("requests", ())
+    }
+    return [{**row, "failed": why, "requests": []} if (why := _problem(row, probes)) else row for row in rows]
 
 
-def _told(row: dict[str, Any]) -> str:
+def any_wrong(record: Mapping[str, Any]) -> bool:
+    """Whether a record holds a wrong output."""
+    told = [row.get("failed") or "" for row in record.get("processes", ())]
+    states = [row["state"] for row in record.get("report", {}).get("rows", ())]
+    return _WRONG in states or any(why.startswith(_WRONG) for why in told)
+
+
+def _problem(row: Mapping[str, Any], probes: Mapping[tuple[str, int, str], torch.Tensor]) -> str:
+    """What is wrong with the images of a row; "" for nothing."""
+    name, process = row["contender"], row["process"]
+    if name in _UNCOMPARED:
+        return ""
+    like = _SAME_IMAGES.get(name, "eager")
+    for request in row.get("requests", ()):
+        size = request["size"]
+        if (like, 1, size) not in probes:
+            return f"there is no image of {like} at {size} to compare with"
+        try:
+            h.verify(f"{_WRONG}: {size}", probes[name, process, size], probes[like, 1, size], _LIMIT)
+        except h.WrongOutput as problem:
+            return str(problem)
+    return ""
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    told = f"{row['contender']}, process {row['process']}: first image after {row['first_image_s']:.1f} s"
     counts = [request["frames"] + request["handle"]["compiles"] for request in row["requests"]]
-    worst = max(max(request["step_ms"]) for request in row["requests"])
-    return (
-        f"{row['contender']}, process {row['process']}: first image after {row['first_image_s']:.1f} s, "
-        f"compilations {counts}, worst step {worst / 1e3:.1f} s"
-    )
+    worst = max((max(request["step_ms"]) for request in row["requests"]), default=0.0)
+    return f"{told}, compilations {counts}, worst step {worst / 1e3:.1f} s"
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class RequestScenario:
         traced_only: peers have `torch.compile` trace, guard and count, but not generate code ("eager" in place of
             Inductor): their counts do not need it, and are there in minutes.
         dtype, device: None: float32 on the CPU.
-        limit_s: seconds after which a process begins no new request.
+        limit_s: seconds after which a process begins no new request; it is ended 600 seconds later.
     """
 
     name: str
@@ -80,6 +80,12 @@ class RequestScenario:
 
 Scenario = StepScenario | RequestScenario
 
+
+def dtype_of(scenario: Scenario) -> str:
+    """Name of the dtype in which a scenario's model is saved, and runs."""
+    return scenario.dtype or "float32"
+
+
 _ALL: Final = (*EAGER, *NAIVE, "tensorrt", "inductor", "onediff", "aot", "aot/exact", "aot/whole/exact")
 _FIVE_SMALL: Final = sizes("256x256", "384x256", "256x384", "320x192", "512x512")
 _FIVE_LARGE: Final = sizes("1024x1024", "2048x2048", "2688x1536", "1536x2688", "4096x4096")
@@ -95,7 +101,7 @@ _COLD: Final = (("eager", 1), ("torch-compile", 2), ("aot", 2))
 _GPU: Final[dict[str, Any]] = {"dtype": "bfloat16", "device": "cuda"}
 
 CPU: Final[tuple[Scenario, ...]] = (
-    RequestScenario("five-sizes", "sdxl-tiny", _FIVE_SMALL, _COUNTED, traced_only=True),
+    RequestScenario("five-sizes", "sdxl-tiny", _FIVE_SMALL, _COUNTED, traced_only=True, limit_s=180.0),
     RequestScenario("first-image", "sdxl-tiny", _FIVE_SMALL[-1:], _COLD),
     StepScenario("square", "sdxl-tiny", sizes("512x512"), _ALL),
     StepScenario("landscape", "sdxl-tiny", sizes("640x384"), (*EAGER, "aot")),

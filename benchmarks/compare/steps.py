@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accel_hidiff.benching.options import Options
 from accel_hidiff.benching.report import Report
 from accel_hidiff.benching.turns import compete
 from benchmarks.compare import models
-from benchmarks.compare.scenarios import STEPS, StepScenario
+from benchmarks.compare.scenarios import STEPS, StepScenario, dtype_of
 
 
 class Told:
@@ -39,7 +40,7 @@ def run(
 
     Args:
         scenario: what to run.
-        cache: compile cache; what an earlier scenario left in it is loaded and not compiled.
+        cache: a folder with a compile cache for each contender; what an earlier scenario left there is loaded.
         pythons: executables with environments of their own, by contender.
         threads: of torch; None: its own choice.
         jobs: contenders that compile at the same time.
@@ -52,7 +53,7 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="compare-") as directory:
         place = Path(directory)
-        model = models.save(scenario.model, place / "model")
+        model = models.save(scenario.model, place / "model", dtype_of(scenario))
         work = place / "work"
         work.mkdir()
         options = Options(
@@ -62,14 +63,21 @@ def run(
             backends=scenario.contenders,
             repeats=scenario.repeats,
             batch=scenario.batch,
-            cache=cache,
             dtype=scenario.dtype,
             device=scenario.device,
             threads=threads,
             pythons=tuple(pythons.items()),
-            jobs=jobs,
+            jobs=1 if scenario.device == "cuda" else jobs,  # compilers of one GPU tune on it
         )
         findings = {name: find(name, options.python_of(name)) for name in options.backends}
         absent = {name: finding for name, finding in findings.items() if not finding.usable}
-        outcome = compete([(name, options) for name in options.backends if name not in absent], work, Told())
-    return {**scenario.to_json(), "report": Report(options, absent, **vars(outcome)).to_json()}
+        entries = [
+            (name, replace(options, cache=cache_of(cache, name))) for name in options.backends if name not in absent
+        ]
+        outcome = compete(entries, work, Told())
+        return {**scenario.to_json(), "report": Report(options, absent, **vars(outcome)).to_json()}
+
+
+def cache_of(folder: Path, contender: str) -> Path:
+    """The compile cache of a contender: with one for all, who compiles what two of them need would be chance."""
+    return folder / contender.replace("/", "-")

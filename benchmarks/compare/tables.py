@@ -50,7 +50,7 @@ def _header(content: Mapping[str, Any], read: Content) -> list[str]:
     ]
     lines += _other_versions(read)
     smoke = "A smoke run: its figures mean nothing." if content.get("smoke_run") else ""
-    return [smoke, bullets(lines)]
+    return [smoke, bullets(lines), *(f"**{name} ended early:** {why}" for name, why in read.failures.items())]
 
 
 def _fact(name: str, value: Any) -> str:

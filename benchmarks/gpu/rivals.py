@@ -19,9 +19,11 @@ LOADERS: Final = ("single threaded", "as served")
 
 
 def run_torch_compile(lab: Lab, case: Case) -> Figures:
-    """`torch.compile` of the whole patched UNet, one size, one topology."""
-    handle = lab.accelerate(backend="inductor", regions="whole", shapes="exact")
-    return _against_eager(lab, lab.setting.largest, "torch_compile", handle.patch)
+    """`torch.compile` of the whole patched UNet as its users would do it, one size, one topology."""
+    watch()
+    patch = ah.apply_hidiffusion(pipeline_of(twin(lab.unet)))
+    patch.unet.compile()
+    return _against_eager(lab, lab.setting.largest, "torch_compile", patch) | _counted()
 
 
 def run_repeated(lab: Lab, case: Case) -> Figures:
@@ -32,15 +34,20 @@ def run_repeated(lab: Lab, case: Case) -> Figures:
     watch()
     patch = ah.apply_hidiffusion(pipeline_of(twin(lab.unet)))
     patch.unet.compile_repeated_blocks(fullgraph=False, dynamic=False)
-    figures = _against_eager(lab, lab.setting.largest, "repeated", patch)
+    return _against_eager(lab, lab.setting.largest, "repeated", patch) | _counted()
+
+
+def _counted() -> Figures:
     made = compilations()
-    return figures | {"dynamo_graphs": made.graphs, "graph_breaks": made.graph_breaks, "gave_up": made.gave_up}
+    return {"dynamo_graphs": made.graphs, "graph_breaks": made.graph_breaks, "gave_up": made.gave_up}
 
 
 def run_whole(lab: Lab, case: Case) -> Figures:
     """The whole UNet as one artifact, one size, one topology: compiled ahead of time at its first call."""
     handle = lab.accelerate(regions="whole", shapes="exact")
-    return _against_eager(lab, lab.setting.largest, "whole", handle.patch)
+    figures = _against_eager(lab, lab.setting.largest, "whole", handle.patch)
+    _require_served(handle, "whole")
+    return figures
 
 
 def run_exact(lab: Lab, case: Case) -> Figures:
@@ -50,7 +57,15 @@ def run_exact(lab: Lab, case: Case) -> Figures:
     made = lab.precompile(handle, (size,))
     symbolic = lab.call_of(lab.served.patch, size, _TOPOLOGY)
     figures = _against_eager(lab, size, "exact", handle.patch, {"symbolic": symbolic})
+    _require_served(handle, "exact")
+    _require_served(lab.served, "symbolic")
     return figures | {"artifacts": made.artifacts, "compile_s": h.rounded(made.seconds)}
+
+
+def _require_served(handle: ah.Handle, name: str) -> None:
+    """WrongOutput if calls ran eager: their times are not those of compiled ones."""
+    if handle.stats.eager_calls:
+        raise h.WrongOutput(f"{name}: expected compiled calls only, got {handle.stats}")
 
 
 def _against_eager(

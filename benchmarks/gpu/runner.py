@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -122,37 +118,15 @@ def run_alone(stage: Stage, lab: Lab, case: Case, limit_s: float) -> Record:
         "threads": torch.get_num_threads(),
     }
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        out, log = Path(folder) / "out", Path(folder) / "log"
-        with out.open("wb") as stdout, log.open("wb") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, "--worker", json.dumps(config)],
-                cwd=h.ROOT, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, process_group=0,
-            )  # fmt: skip
-        try:
-            code = process.wait(max(limit_s, 1.0))
-            status, figures, reason = _answer(out, log, code)
-        except subprocess.TimeoutExpired:
-            status, figures, reason = CUT, {}, f"ended after {limit_s:.0f} s: the budget of --minutes was used up"
-        finally:
-            _end(process)
+    status, figures, reason = FAILED, {}, ""
+    try:
+        answer = h.worker(_MODULE, config, limit_s=max(limit_s, 1.0))
+        status, figures, reason = answer["status"], answer["figures"], answer["reason"]
+    except subprocess.TimeoutExpired:
+        status, reason = CUT, f"ended after {limit_s:.0f} s: the budget of --minutes was used up"
+    except h.WorkerFailed as problem:
+        reason = str(problem)
     return Record(stage.name, dict(case), status, round(time.perf_counter() - start, 2), figures, reason)
-
-
-def _answer(out: Path, log: Path, code: int) -> tuple[str, dict[str, Any], str]:
-    """(status, figures, reason) as the process printed them last; how it ended if it printed none."""
-    for line in reversed(out.read_text(encoding="utf-8", errors="replace").splitlines()):
-        with suppress(ValueError, KeyError, TypeError):  # what a library printed after it
-            record = json.loads(line)
-            return record["status"], record["figures"], record["reason"]
-    told = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return FAILED, {}, f"its process ended with {code}: {one_line(told[-1], 400) if told else 'it said nothing'}"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def work_alone(config: Mapping[str, Any]) -> Record:

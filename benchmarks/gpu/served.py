@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ import psutil
 import torch
 
 import accel_hidiff as ah
+from accel_hidiff.benching.compilations import compilations
 from accel_hidiff.errors import GraphMiss
 from benchmarks import harness as h
 from benchmarks.gpu.lab import Case, Figures, Lab, ratio, timing_fields
@@ -63,7 +63,7 @@ def run_load(lab: Lab, case: Case) -> Figures:
             first_s[topology] = h.rounded(h.timed(lab.call_of(handle.patch, size, topology))[0])
     except GraphMiss as miss:
         raise h.WrongOutput(f"expected no compilation in the second process, it would have had one: {miss}") from miss
-    compiled = handle.stats.compiles + _dynamo_graphs()
+    compiled = handle.stats.compiles + compilations().graphs
     if compiled or handle.stats.eager_calls:
         raise h.WrongOutput(
             f"expected no compilation and no eager call in the second process, got {compiled} graphs compiled and "
@@ -80,12 +80,6 @@ def _loaded(lab: Lab) -> ah.Handle:
     pixels = [(size.height, size.width) for size in lab.sizes]
     handle.load(pixels, h.NUM_STEPS, batch_sizes=(h.GUIDANCE_BATCH,))
     return handle
-
-
-def _dynamo_graphs() -> int:
-    """Graphs that Dynamo captured in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # absent: nothing was traced
-    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
 
 
 def run_step(lab: Lab, case: Case) -> Figures:

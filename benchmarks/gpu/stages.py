@@ -87,7 +87,7 @@ _STEP_COLUMNS: Final = {
     "relative_l2": "rel. L2", "max_error": "max error",
 }  # fmt: skip
 
-_REPEATED: Final = {"dynamo_graphs": "graphs", "graph_breaks": "breaks", "gave_up": "ran eager"}
+_DYNAMO: Final = {"dynamo_graphs": "graphs", "graph_breaks": "breaks", "gave_up": "ran eager"}
 
 STAGES: Final = (
     Stage("ceilings", kernels.run_ceilings, 10, 1, {"matmul_tflop_per_s": "matmul TFLOP/s", "copy_gb_per_s": "GB/s"}),
@@ -104,8 +104,8 @@ STAGES: Final = (
     Stage("profile", served.run_profile, 10, 2, {}, _profile_cases, needs_cache=True),
     Stage("memory", served.run_memory, 35, 8, {}, isolated=True, needs_cache=True),
     Stage("float32", served.run_float32, 90, 10, {}, isolated=True, checks=True),
-    _rival("torch_compile", rivals.run_torch_compile, 100, 90),
-    _rival("repeated", rivals.run_repeated, 60, 15, columns=_REPEATED),
+    _rival("torch_compile", rivals.run_torch_compile, 100, 90, columns=_DYNAMO),
+    _rival("repeated", rivals.run_repeated, 60, 15, columns=_DYNAMO),
     _rival(
         "exact", rivals.run_exact, 80, 60, needs_cache=True, checks=True,
         columns={"symbolic_ms": "symbolic ms", "exact_over_symbolic_ratio": "/ symbolic", "compile_s": "compile s"},

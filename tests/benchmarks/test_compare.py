@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError, replace
@@ -475,6 +477,9 @@ def test_without_matplotlib_a_line_tells_so(
 
 # Scenarios
 
+FROZEN = {
+    # name: of its JSON
+}
 ALL: list[Scenario] = [scenario for scenarios in (CPU, GPU, SMOKE) for scenario in scenarios]
 
 
@@ -488,6 +493,8 @@ def test_a_scenario_does_not_change(scenario: Scenario) -> None:
     with pytest.raises(FrozenInstanceError):
         setattr(scenario, "name", "other")  # noqa: B010  a plain assignment is what mypy refuses
     assert hash(scenario) == hash(replace(scenario))  # nothing in it can change either
+    digest = hashlib.sha256(json.dumps(scenario.to_json(), sort_keys=True).encode()).hexdigest()
+    assert FROZEN[scenario.name] == digest[:12], "a scenario that changes gets a new name: its figures are others"
     assert all(isinstance(scenarios, tuple) for scenarios in SETS.values())
 
 

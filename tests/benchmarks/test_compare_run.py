@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import harness as h
 from benchmarks.compare import insight, requests, steps
 from benchmarks.compare.scenarios import STEPS, RequestScenario, StepScenario, sizes
 from tests import needs
@@ -22,7 +24,7 @@ def test_requests_count_what_each_contender_compiles(cache_dir: Path) -> None:
         "two", "sdxl-tiny", sizes("128x128", "192x128"), (("eager", 1), ("aot", 2), ("repeated-blocks", 1)), True
     )
     done = requests.run(scenario, {}, 1, 2, cache_dir)
-    json.dumps(done)
+    assert tempfile.gettempdir() not in json.dumps(done), "no place on this machine is told"
     rows = done["processes"]
     assert [(row["contender"], row["process"]) for row in rows] == [
         *[("eager", 1), ("aot", 1), ("aot", 2)],
@@ -43,27 +45,33 @@ def test_requests_count_what_each_contender_compiles(cache_dir: Path) -> None:
     assert first["frames_by_step"][0] > 0, "a request pays for it"
 
 
-def test_images_of_another_contender_are_told_apart() -> None:
-    def row(name: str, value: float) -> dict[str, object]:
-        request = {"size": "128x128", "probe": [value, 1.0]}
-        return {"contender": name, "process": 1, "requests": [request]}
+def test_images_of_another_model_are_told_apart() -> None:
+    def row(name: str, value: float) -> dict[str, Any]:
+        return {"contender": name, "process": 1, "requests": [{"size": "128x128", "probe": [value, 1.0]}]}
 
-    requests._verify(
-        [row("eager", 0.5), row("hidiffusion", 0.1), row("aot", 0.5), {"contender": "onediff", "failed": "x"}]
-    )
-    with pytest.raises(h.WrongOutput, match="aot, process 1, 128x128: expected max"):
-        requests._verify([row("eager", 0.5), row("aot", 0.6)])
+    absent = {"contender": "onediff", "process": 1, "failed": "not installed"}
+    rows = requests.verified([row("eager", 0.5), row("hidiffusion", 0.1), row("aot", 0.5), absent])
+    assert all("failed" not in row and "probe" not in row["requests"][0] for row in rows[:3]) and rows[3] == absent
+    assert not requests.any_wrong({"processes": rows})
+
+    rows = requests.verified([row("eager", 0.5), row("aot", 0.6)])
+    assert rows[1]["failed"].startswith("wrong output: 128x128: expected max|diff|/max|ref| < 0.01, got 0.1")
+    assert rows[1]["requests"] == [] and requests.any_wrong({"processes": rows})
+
+    rows = requests.verified([row("eager", 0.5), row("hidiffusion-compile", 0.5)])
+    assert rows[1]["failed"] == "there is no image of hidiffusion at 128x128 to compare with"
 
 
-def test_steps_and_what_they_are_made_of(cache_dir: Path) -> None:
+def test_steps_and_what_they_are_made_of(cache_dir: Path, tmp_path: Path) -> None:
     needs.aot()
     scenario = StepScenario("small", "sdxl-tiny", sizes("128x128"), ("stock", "aot", "tensorrt"), repeats=2)
-    done = steps.run(scenario, cache_dir, {}, 1, 2)
-    json.dumps(done)
+    shutil.copytree(cache_dir, tmp_path / "aot")
+    done = steps.run(scenario, tmp_path, {}, 1, 2)
+    assert tempfile.gettempdir() not in json.dumps(done), "no place on this machine is told"
     report = done["report"]
     absent = [backend["backend"] for backend in report["backends"] if not backend["usable"]]
     assert [row["state"] for row in report["rows"]] == ["timed"] * 3 * (4 - len(absent))
-    found = insight.run(scenario, cache_dir, 1)
+    found = insight.run(scenario, tmp_path, 1)
     topologies = ["windowed+dilated", "windowed+pooled", "windowed"]
     assert [work["topology"] for work in found["work"]] == topologies
     work = {row["topology"]: row["tflop"] for row in found["work"]}

@@ -221,12 +221,14 @@ def test_no_process_outlives_an_interrupted_bench(how: signal.Signals, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--backends", "eager,tensorrt"], "expected names among eager,inductor,aot,onediff"),
+        (["--backends", "eager,vllm"], "expected names among eager,inductor,aot,onediff"),
         (["--backends", ""], "expected names among"),
         (["--size", "100x128"], "multiple of 8"),
         (["--size", "axb"], "WIDTHxHEIGHT"),
         (["--repeats", "0"], "--repeats: expected an integer of at least 1, got 0"),
         (["--batch", "-1"], "--batch: expected an integer of at least 1, got -1"),
+        (["--python", "aot=/no/python"], "--python: expected NAME=PATH"),
+        (["--jobs", "0"], "--jobs: expected an integer of at least 1, got 0"),
         (["--threads", "0"], "--threads: expected an integer of at least 1, got 0"),
         (["--steps", "0"], "steps: expected an integer of at least 1"),
         (["--out", "/proc/bench.json"], "--out: expected a file that can be written"),
