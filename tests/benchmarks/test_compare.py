@@ -477,8 +477,19 @@ def test_without_matplotlib_a_line_tells_so(
 
 # Scenarios
 
-FROZEN = {
-    # name: of its JSON
+FROZEN = {  # of the JSON of each
+    "five-sizes": "bcc84b654a61",
+    "first-image": "65fcb2fbb3d9",
+    "square": "c0191279db5e",
+    "landscape": "5c3433894253",
+    "batch-1": "f490d0b4b62b",
+    "sd15": "76f701fbbd7f",
+    "sdxl-gpu": "cb29a446b8e0",
+    "sdxl-gpu-batch-1": "6aa3d86a1c20",
+    "sd15-gpu": "744370ff10d0",
+    "sd15-gpu-batch-1": "edc73673a460",
+    "smoke-requests": "7944bb3f5038",
+    "smoke-steps": "1deb9b143516",
 }
 ALL: list[Scenario] = [scenario for scenarios in (CPU, GPU, SMOKE) for scenario in scenarios]
 
