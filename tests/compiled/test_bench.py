@@ -218,6 +218,27 @@ def test_no_process_outlives_an_interrupted_bench(how: signal.Signals, tmp_path:
     assert len(started) == 2 and alive == []
 
 
+def test_an_interrupt_while_backends_compile_is_told_once(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(ah.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "accel_hidiff.cli", "bench", "--backends", "eager,aot,inductor", "--jobs", "2"]
+    with interrupts_taken(), subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as bench:
+        try:
+            assert bench.stderr is not None
+            while not bench.stderr.readline().startswith("eager: 128x128 windowed: ready"):
+                assert bench.poll() is None
+            time.sleep(3)  # the others load the model, or compile
+            started = workers(bench.pid)
+            bench.send_signal(signal.SIGINT)
+            _, errors = bench.communicate(timeout=60)
+        finally:
+            bench.kill()
+    assert bench.returncode == 1 and errors.strip().splitlines()[-1] == "accel-hidiff: interrupted"
+    assert "died" not in errors and "Traceback" not in errors
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert len(started) == 3 and alive == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
