@@ -295,7 +295,7 @@ def worker(
 
     Raises:
         WorkerFailed: it printed no such line.
-        subprocess.TimeoutExpired: it took longer than `limit_s`.
+        subprocess.TimeoutExpired: it took longer than `limit_s`; `output` is what it had printed by then.
     """
     command = [str(python or sys.executable), "-m", module, "--worker", json.dumps(dict(config))]
     full = {**import_path(python), **(environment or {})}
@@ -307,17 +307,27 @@ def worker(
             )
         try:
             code = process.wait(limit_s)
+        except subprocess.TimeoutExpired as late:
+            late.output = out.read_bytes()
+            raise
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        for line in reversed(out.read_text(encoding="utf-8", errors="replace").splitlines()):
-            with suppress(ValueError):  # what a library printed after it
-                if isinstance(answer := json.loads(line), dict):
-                    return answer
+        if (answer := last_answer(out.read_bytes())) is not None:
+            return answer
         told = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = one_line(told[-1], 400) if told else "it said nothing"
     raise WorkerFailed(f"{module}: its process ended with {code}: {last}")
+
+
+def last_answer(printed: bytes) -> dict[str, Any] | None:
+    """The last line that is a JSON object; what a library printed after it does not count."""
+    for line in reversed(printed.decode(errors="replace").splitlines()):
+        with suppress(ValueError):
+            if isinstance(answer := json.loads(line), dict):
+                return answer
+    return None
 
 
 def worker_config() -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ BENCHED: Final = (REFERENCE, "inductor", "aot", "onediff")
 STOCK: Final = "stock"  # diffusers as it is: another function than the rest, so that it is compared with nothing
 PEERS: Final = {
     STOCK: "diffusers alone: no HiDiffusion, nothing compiled",
-    "torch-compile": "torch.compile over the whole patched UNet",
+    "torch-compile": "torch.compile over the whole patched UNet; /exact: with dynamic=False",
     "repeated-blocks": "diffusers' compile_repeated_blocks on the patched UNet",
     "tensorrt": "torch.compile with the backend of Torch-TensorRT over the whole patched UNet",
     "hidiffusion": "the authors' own package, eager",
@@ -29,7 +29,7 @@ class Contender:
     Attributes:
         name: as it was asked for.
         base: a backend of this project or a peer.
-        regions, shapes: of a variant, as in `accelerate`; None: the bench's own.
+        regions, shapes: of a variant, as in `accelerate`; None: the bench's own. "torch-compile" has "exact" alone.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Contender:
 
     @classmethod
     def parse(cls, name: str) -> Contender:
-        """A backend with what a variant of it changes behind slashes, or a peer.
+        """A backend or peer, with what a variant of it changes behind slashes.
 
         >>> Contender.parse("aot/whole/exact")
         Contender(name='aot/whole/exact', base='aot', regions='whole', shapes='exact')
@@ -55,7 +55,7 @@ class Contender:
         base, *variant = name.split("/")
         regions = next((word for word in variant if word in _REGIONS), None)
         shapes = next((word for word in variant if word in _SHAPES), None)
-        known = base in BENCHED[1:] or (base in (REFERENCE, *PEERS) and not variant)
+        known = base in BENCHED[1:] or (base in (REFERENCE, *PEERS) and not variant) or name == "torch-compile/exact"
         if not known or len(variant) != (regions is not None) + (shapes is not None):
             raise BadInput(
                 f"--backends: expected names among {','.join((*BENCHED, *PEERS))}, with commas between them, or "

@@ -65,7 +65,7 @@ def subject_of(contender: Contender, pipe: Any, options: Options, work: Path) ->
         return Stock(pipe)
     if contender.base.startswith("hidiffusion"):
         return Published(pipe, options.dynamo_backend if contender.base.endswith("-compile") else None)
-    return Compiled(contender.base, pipe, options.dynamo_backend)
+    return Compiled(contender, pipe, options.dynamo_backend)
 
 
 class Accelerated:
@@ -137,16 +137,16 @@ class Stock(_Naive):
 class Compiled(_Naive):
     """The patched UNet under `torch.compile`, as its users would do it."""
 
-    def __init__(self, base: str, pipe: Any, dynamo_backend: str) -> None:
+    def __init__(self, contender: Contender, pipe: Any, dynamo_backend: str) -> None:
         self.pipe, self._patch = pipe, apply_hidiffusion(pipe)
-        if base == "repeated-blocks":
+        if contender.base == "repeated-blocks":
             pipe.unet.compile_repeated_blocks(backend=dynamo_backend)
-        elif base == "tensorrt":
+        elif contender.base == "tensorrt":
             import torch_tensorrt  # noqa: F401  it registers its backend
 
             pipe.unet.compile(backend="tensorrt")
         else:
-            pipe.unet.compile(backend=dynamo_backend)
+            pipe.unet.compile(backend=dynamo_backend, dynamic=False if contender.shapes == "exact" else None)
 
     @property
     def patch(self) -> Patch | None:

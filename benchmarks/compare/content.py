@@ -352,9 +352,16 @@ class Requests:
                     told.append((f"{name}, process {number}", "not run"))
                 elif one.failed is not None:
                     told.append((f"{name}, process {number}", one.failed))
-                elif not one.requests:
-                    told.append((f"{name}, process {number}", "no request was begun in time"))
         return told
+
+    @property
+    def cut(self) -> dict[str, str]:
+        """Processes that were ended before they had done all, and how far they were."""
+        return {
+            f"{one.contender}, process {one.number}": one.record["cut"]
+            for one in self.processes
+            if one.record.get("cut")
+        }
 
     def eager_first_image_s(self) -> float | None:
         """Seconds until eager's first image."""

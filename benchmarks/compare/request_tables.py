@@ -33,7 +33,7 @@ def cold_start(content: Content, plots: Sequence[Path]) -> list[str]:
         blocks += [
             f"### {one.name}: {one.record['model']}, {one.sizes[0]} first",
             _cold(one),
-            without(dict(one.failures)),
+            *_missing(one),
         ]
     several = [one for one in content.requests if len(one.sizes) > 1]
     blocks += [
@@ -48,8 +48,14 @@ def cold_start(content: Content, plots: Sequence[Path]) -> list[str]:
         blocks.append('Missing: the file has no record of kind "requests" with several sizes.')
     for one in several:
         hint = f" ({_TRACED})" if one.traced_only else ""
-        blocks += [f"{one.name}{hint}:", _by_sizes(one), without(dict(one.failures))]
+        blocks += [f"{one.name}{hint}:", _by_sizes(one), *_missing(one)]
     return blocks
+
+
+def _missing(one: Requests) -> list[str]:
+    """What has no figures, and what has not all of them."""
+    cut = "; ".join(f"`{name}` {why}" for name, why in one.cut.items())
+    return [without(dict(one.failures)), f"Cut: {cut}." if cut else ""]
 
 
 def _cold(one: Requests) -> str:
@@ -59,7 +65,7 @@ def _cold(one: Requests) -> str:
     for told in one.processes:
         first, worst = told.record["first_image_s"], told.worst
         cells = [_named(told), str(told.number), number(told.record["ready_s"]), number(first)]
-        cells += [times(first / eager) if eager else NONE, number(told.record["compile_cpu_s"])]
+        cells += [times(first / eager) if eager else NONE, number(told.record["processor_s"])]
         cells += [number(told.record["resident_mb"]), str(told.compilations)]
         rows.append([*cells, number(worst.ms / 1e3) if worst else NONE])
     return table([*columns, "compilations", "worst step s"], rows)
@@ -98,7 +104,7 @@ def compilations(content: Content, plots: Sequence[Path]) -> list[str]:
         steps, count = one.record["steps"], len(one.sizes)
         head = f"### {one.name}: {one.record['model']}, {count} size{'s' * (count != 1)}, {steps} steps each"
         hint = f"{_TRACED[0].upper()}{_TRACED[1:]}." if one.traced_only else ""
-        blocks += [head, hint, _counted(one), without(dict(one.failures))]
+        blocks += [head, hint, _counted(one), *_missing(one)]
     return blocks
 
 

@@ -11,7 +11,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +35,6 @@ from benchmarks.compare.text import reason
 _PROMPT = "a red circle"
 _SHOWN = 16  # pixels of an image's side that are compared
 _LIMIT = 1e-2  # of max|diff|/max|ref| between images of 30 steps
-_GRACE_S = 600.0  # for the request that a process began in time
 # Whose images a contender's have to be, if not eager's. The authors' package draws other window shifts in a request.
 _SAME_IMAGES = {"hidiffusion-compile": "hidiffusion"}
 _UNCOMPARED = ("eager", "stock", "hidiffusion")
@@ -95,21 +94,29 @@ def _processes(
     files = {"TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"), "TRITON_CACHE_DIR": str(kept / "triton")}
     rows: list[dict[str, Any]] = []
     for number in range(1, processes + 1):
-        full, limit_s = {**config, "contender": name, "kept": str(kept)}, config["limit_s"] + _GRACE_S
+        full, limit_s = {**config, "contender": name, "kept": str(kept)}, config["limit_s"]
         try:
             answer = h.worker("benchmarks.compare.requests", full, files, limit_s, python)
-        except (h.WorkerFailed, subprocess.TimeoutExpired) as problem:
-            late = isinstance(problem, subprocess.TimeoutExpired)
-            why = f"ended after {limit_s:g} s" if late else reason(str(problem))
-            rows.append({"contender": name, "process": number, "failed": why})
-            break
+        except h.WorkerFailed as problem:
+            answer = {"failed": reason(str(problem))}
+        except subprocess.TimeoutExpired as problem:
+            answer = h.last_answer(problem.output) or {"failed": f"no request was finished in {limit_s:g} s"}
+            if requests := answer.get("requests"):
+                width, height = config["sizes"][len(requests)]
+                done_s = answer["ready_s"] + sum(sum(request["step_ms"]) for request in requests) / 1e3
+                answer["cut"] = (
+                    f"ended after {limit_s:g} s, of which some {limit_s - done_s:.0f} s were the request of "
+                    f"{width}x{height}, not finished by then"
+                )
         rows.append({"contender": name, "process": number, **answer})
         print(_told(rows[-1]), flush=True)
+        if "failed" in answer or "cut" in answer:
+            break
     return rows
 
 
-def serve(config: dict[str, Any]) -> dict[str, Any]:
-    """One process: a pipeline, and a request of each size until the time is up."""
+def serve(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One process: a pipeline, and a request of each size. What there is to tell, again after each request."""
     contender = Contender.parse(config["contender"])
     started = psutil.Process().create_time()
     kept = Path(config["kept"])
@@ -126,17 +133,15 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
     requests: list[dict[str, Any]] = []
     first_image_s = None
     for size in (h.Size(*size) for size in config["sizes"]):
-        if time.time() - started > config["limit_s"]:
-            break
         requests.append(_request(pipe, subject, size))
         first_image_s = first_image_s or time.time() - started
-    return {
-        "ready_s": h.rounded(ready_s),
-        "first_image_s": h.rounded(first_image_s or 0.0),
-        "compile_cpu_s": h.rounded(h.cpu_seconds()),
-        "resident_mb": h.rounded(psutil.Process().memory_info().rss / 1e6),
-        "requests": requests,
-    }
+        yield {
+            "ready_s": h.rounded(ready_s),
+            "first_image_s": h.rounded(first_image_s),
+            "processor_s": h.rounded(h.cpu_seconds()),
+            "resident_mb": h.rounded(psutil.Process().memory_info().rss / 1e6),
+            "requests": requests,
+        }
 
 
 def _request(pipe: Any, subject: Any, size: h.Size) -> dict[str, Any]:
@@ -216,13 +221,16 @@ def _problem(row: Mapping[str, Any], probes: Mapping[tuple[str, int, str], torch
 
 
 def _told(row: Mapping[str, Any]) -> str:
+    if "failed" in row:
+        return f"{row['contender']}, process {row['process']}: {row['failed']}"
     told = f"{row['contender']}, process {row['process']}: first image after {row['first_image_s']:.1f} s"
     counts = [request["frames"] + request["handle"]["compiles"] for request in row["requests"]]
-    worst = max((max(request["step_ms"]) for request in row["requests"]), default=0.0)
-    return f"{told}, compilations {counts}, worst step {worst / 1e3:.1f} s"
+    worst = max(max(request["step_ms"]) for request in row["requests"])
+    return f"{told}, compilations {counts}, worst step {worst / 1e3:.1f} s{', cut' if 'cut' in row else ''}"
 
 
 if __name__ == "__main__":
     given = h.worker_config()
     assert given is not None, "started by `run` alone"
-    print(json.dumps(serve(given)))
+    for told in serve(given):
+        print(json.dumps(told), flush=True)

@@ -20,14 +20,25 @@ from accel_hidiff.errors import BadInput, CompileFailed
 from tests import models
 
 
-@pytest.mark.parametrize("name", [*BENCHED, *PEERS, "aot/whole", "inductor/exact/blocks"])
+@pytest.mark.parametrize("name", [*BENCHED, *PEERS, "aot/whole", "inductor/exact/blocks", "torch-compile/exact"])
 def test_a_name_is_taken_apart_and_kept(name: str) -> None:
     contender = Contender.parse(name)
     assert contender.name == name and contender.ours == (name.split("/", maxsplit=1)[0] in BENCHED)
 
 
 @pytest.mark.parametrize(
-    "name", ["", "vllm", "stock/whole", "eager/exact", "aot/", "aot/whole/blocks", "aot/exact/exact", "aot/fast"]
+    "name",
+    [
+        "",
+        "vllm",
+        "stock/whole",
+        "eager/exact",
+        "aot/",
+        "aot/whole/blocks",
+        "aot/exact/exact",
+        "aot/fast",
+        "torch-compile/whole",
+    ],
 )
 def test_a_name_that_nobody_knows_is_refused(name: str) -> None:
     with pytest.raises(BadInput, match="--backends: expected names among eager,inductor,aot,onediff,stock"):

@@ -143,7 +143,7 @@ def process(contender: str, number: int, first_image_s: float, *requests: Mappin
         "process": number,
         "ready_s": 2.0,
         "first_image_s": first_image_s,
-        "compile_cpu_s": 3.0,
+        "processor_s": 3.0,
         "resident_mb": 500.0,
         "requests": list(requests),
     }
