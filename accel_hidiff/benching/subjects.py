@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -18,8 +19,8 @@ from accel_hidiff.config import HiDiffusionConfig
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.patching import Patch, apply_hidiffusion
 from accel_hidiff.pipeline import accelerate
+from accel_hidiff.shifts import window_shifts
 
-SEED: Final = 0  # of the window shifts of every call
 Call = Callable[[UNetInputs], Tensor]
 
 
@@ -86,7 +87,7 @@ class Accelerated:
     @contextmanager
     def standing(self, case: Case, steps: int) -> Iterator[Call]:
         """As in `Subject`."""
-        with _phase(self.patch, case, steps):
+        with self.patch.phase(case.start, steps):
             yield lambda inputs: inputs.call(self.patch.unet)
 
     def counters(self) -> dict[str, int]:
@@ -156,24 +157,26 @@ class Compiled(_Naive):
     @contextmanager
     def standing(self, case: Case, steps: int) -> Iterator[Call]:
         """As in `Subject`."""
-        with _phase(self._patch, case, steps):
+        with self._patch.phase(case.start, steps):
             yield lambda inputs: inputs.call(self.pipe.unet)
 
 
 class Published(_Naive):
     """The authors' package. Its modules count the steps, and it draws window shifts from torch's global generator.
 
-    Compiled, it keeps torch's own random numbers (`fallback_random`), so that its shifts are the ones of the others and
-    its output can be verified; by default, Inductor draws others.
+    The generator is seeded before each call, so that the shifts are those that this project takes in that step.
+    Compiled, it keeps torch's own random numbers (`fallback_random`); by default, Inductor draws others, and the output
+    could not be verified.
     """
 
     def __init__(self, pipe: Any, dynamo_backend: str | None) -> None:
-        family = apply_hidiffusion(pipe)  # tells which layout it is, whatever the model's name
-        family.remove()
+        patch = apply_hidiffusion(pipe)  # tells which layout it is, whatever the model's name
+        patch.remove()
         from hidiffusion import apply_hidiffusion as apply_published
 
         self.pipe = pipe
-        pipe.register_to_config(_name_or_path=_PUBLISHED_NAMES[family.family.name])
+        self._blocks = len(patch.windowed_blocks)
+        pipe.register_to_config(_name_or_path=_PUBLISHED_NAMES[patch.family.name])
         apply_published(pipe)
         self._counting = [module for module in pipe.unet.modules() if hasattr(type(module), "max_timestep")]
         if dynamo_backend is not None:
@@ -186,11 +189,12 @@ class Published(_Naive):
     def standing(self, case: Case, steps: int) -> Iterator[Call]:
         """As in `Subject`."""
         self.pipe._num_timesteps = steps
+        seed = seed_of_shifts(window_shifts(HiDiffusionConfig().shift_seed, case.start, self._blocks))
 
         def call(inputs: UNetInputs) -> Tensor:
             for module in self._counting:
                 module.timestep = case.start
-            torch.manual_seed(SEED)
+            torch.manual_seed(seed)
             return inputs.call(self.pipe.unet)
 
         yield call
@@ -204,8 +208,17 @@ _PUBLISHED_NAMES: Final = {
 }
 
 
-def _phase(patch: Patch, case: Case, steps: int) -> Any:
-    """The case's step with the shifts that the authors' package draws from a generator seeded with `SEED`."""
-    generator = torch.Generator().manual_seed(SEED)
-    draws = torch.cat([torch.rand(1, generator=generator) for _ in patch.windowed_blocks]).tolist()
-    return patch.phase(case.start, steps, [sum(draw > bound for bound in (0.25, 0.5, 0.75)) for draw in draws])
+def seed_of_shifts(shifts: Sequence[int]) -> int:
+    """The least seed of torch's generator with which the authors' package draws these window shifts, in this order.
+
+    It takes 4 ** len(shifts) tries on average: milliseconds for a few blocks, seconds for SDXL's ten.
+    """
+    generator, wanted = torch.Generator(), list(shifts)
+    for seed in count():
+        generator.manual_seed(seed)
+        draws = (torch.rand(1, generator=generator).item() for _ in wanted)
+        if all(
+            sum(draw > bound for bound in (0.25, 0.5, 0.75)) == shift for draw, shift in zip(draws, wanted, strict=True)
+        ):
+            return seed
+    raise AssertionError("seeds do not end")

@@ -12,7 +12,6 @@ from typing import Any, Final
 from benchmarks.harness import Size
 
 STEPS: Final = 30  # of a request, in all scenarios
-NAIVE: Final = ("torch-compile", "repeated-blocks", "hidiffusion-compile")  # of one size, where "exact" changes nothing
 EAGER: Final = ("stock", "hidiffusion")
 
 
@@ -86,28 +85,34 @@ def dtype_of(scenario: Scenario) -> str:
     return scenario.dtype or "float32"
 
 
-_ALL: Final = (*EAGER, *NAIVE, "tensorrt", "inductor", "onediff", "aot", "aot/exact", "aot/whole/exact")
-_FIVE_SMALL: Final = sizes("256x256", "384x256", "256x384", "320x192", "512x512")
+_VARIANTS: Final = ("aot", "aot/exact", "aot/whole/exact")
+_TORCH: Final = ("torch-compile", "repeated-blocks")
+_ALL: Final = (*EAGER, *_TORCH, "hidiffusion-compile", "tensorrt", "onediff", "inductor", *_VARIANTS)
+_FIVE_SMALL: Final = sizes("512x512", "384x256", "256x384", "320x192", "256x256")
 _FIVE_LARGE: Final = sizes("1024x1024", "2048x2048", "2688x1536", "1536x2688", "4096x4096")
-_COUNTED: Final = (
-    ("eager", 1),
-    ("hidiffusion", 1),
-    ("hidiffusion-compile", 1),
-    ("torch-compile", 1),
-    ("torch-compile/exact", 1),
-    ("repeated-blocks", 1),
-    ("aot", 2),
+_PEERS: Final = tuple(
+    (name, 1)
+    for name in ("torch-compile", "torch-compile/exact", "hidiffusion", "hidiffusion-compile", "repeated-blocks")
 )
-_COLD: Final = (("eager", 1), ("torch-compile", 2), ("aot", 2))
 _GPU: Final[dict[str, Any]] = {"dtype": "bfloat16", "device": "cuda"}
 
+# A quarter of an hour on two cores. What takes longer to compile is in `LONG`.
 CPU: Final[tuple[Scenario, ...]] = (
-    RequestScenario("five-sizes", "sdxl-tiny", _FIVE_SMALL, _COUNTED, traced_only=True, limit_s=240.0),
-    RequestScenario("first-image", "sdxl-tiny", _FIVE_SMALL[-1:], _COLD),
-    StepScenario("square", "sdxl-tiny", sizes("512x512"), _ALL),
+    RequestScenario("five-sizes", "sdxl-tiny", _FIVE_SMALL, (("eager", 1), ("aot", 2))),
+    RequestScenario(
+        "five-sizes-peers", "sdxl-tiny", _FIVE_SMALL, (("eager", 1), *_PEERS), traced_only=True, limit_s=120.0
+    ),
+    RequestScenario("first-image", "sdxl-tiny", _FIVE_SMALL[:1], (("eager", 1), ("torch-compile", 2))),
+    StepScenario(
+        "square", "sdxl-tiny", sizes("512x512"), (*EAGER, *_TORCH, "tensorrt", "onediff", *_VARIANTS), repeats=9
+    ),
     StepScenario("landscape", "sdxl-tiny", sizes("640x384"), (*EAGER, "aot")),
     StepScenario("batch-1", "sdxl-tiny", sizes("512x512"), ("stock", "aot"), batch=1),
     StepScenario("sd15", "sd15-tiny", sizes("512x512"), (*EAGER, "aot")),
+)
+LONG: Final[tuple[Scenario, ...]] = (
+    StepScenario("square-slow-compilers", "sdxl-tiny", sizes("512x512"), ("hidiffusion-compile", "inductor")),
+    RequestScenario("five-sizes-peers-compiled", "sdxl-tiny", _FIVE_SMALL, (("eager", 1), *_PEERS), limit_s=1800.0),
 )
 GPU: Final[tuple[Scenario, ...]] = (
     StepScenario("sdxl-gpu", "sdxl", _FIVE_LARGE, _ALL, **_GPU),
@@ -119,4 +124,4 @@ SMOKE: Final[tuple[Scenario, ...]] = (
     RequestScenario("smoke-requests", "sdxl-tiny", sizes("128x128", "192x128"), (("eager", 1), ("aot", 2))),
     StepScenario("smoke-steps", "sdxl-tiny", sizes("128x128"), ("stock", "tensorrt", "aot"), repeats=3),
 )
-SETS: Final[dict[str, Sequence[Scenario]]] = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}
+SETS: Final[dict[str, Sequence[Scenario]]] = {"cpu": CPU, "cpu-long": LONG, "gpu": GPU, "smoke": SMOKE}

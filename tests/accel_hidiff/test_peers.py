@@ -15,8 +15,9 @@ from accel_hidiff.benching.compilations import Compilations, compilations, watch
 from accel_hidiff.benching.found import find
 from accel_hidiff.benching.names import BENCHED, PEERS, Contender
 from accel_hidiff.benching.options import Case, Options
-from accel_hidiff.benching.subjects import SEED, Published, Stock, subject_of
+from accel_hidiff.benching.subjects import Published, Stock, seed_of_shifts
 from accel_hidiff.errors import BadInput, CompileFailed
+from accel_hidiff.shifts import window_shifts
 from tests import models
 
 
@@ -124,23 +125,12 @@ def test_a_peer_that_ran_eager_is_not_taken_for_compiled(fresh: None) -> None:
         subject.require_served({"eager_calls": 1})
 
 
-def test_the_patch_takes_the_shifts_that_the_authors_package_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = subject_of(Contender.parse("torch-compile"), models.build("sdxl", "text2img"), Options(), Path())
-    given: list[Any] = []
-    monkeypatch.setattr(
-        type(subject.patch), "phase", lambda self, step, steps, shifts: given.append(shifts) or _nothing()
-    )
-    with subject.standing(Case(128, 128, "windowed", 0, 1), 30):
-        pass
-    torch.manual_seed(SEED)
-    draws = [torch.rand(1).item() for _ in subject.patch.windowed_blocks]
-    assert given == [[0 if r <= 0.25 else 1 if r <= 0.5 else 2 if r <= 0.75 else 3 for r in draws]]
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
+@pytest.mark.parametrize("step", [0, 7])
+def test_a_seed_gives_the_authors_package_the_shifts_of_this_project(step: int) -> None:
+    shifts = window_shifts(0, step, 5)
+    torch.manual_seed(seed_of_shifts(shifts))
+    draws = [torch.rand(1).item() for _ in shifts]
+    assert tuple(0 if r <= 0.25 else 1 if r <= 0.5 else 2 if r <= 0.75 else 3 for r in draws) == shifts
 
 
 def test_the_authors_package_is_stood_at_a_step_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
