@@ -89,7 +89,9 @@ def run(scenario: Scenario, cache: Path, pythons: dict[str, Path], threads: int,
         return
     record = {"kind": "steps", **steps.run(scenario, cache, pythons, threads, jobs)}
     yield record
-    if any(row["backend"] == "aot" and row["state"] == "timed" for row in record["report"]["rows"]):
+    if scenario.insight and any(
+        row["backend"] == "aot" and row["state"] == "timed" for row in record["report"]["rows"]
+    ):
         yield {"kind": "insight", **insight.run(scenario, cache, threads)}
 
 

@@ -32,6 +32,7 @@ class StepScenario:
         batch: of the UNet call: 2 is one image with guidance, 1 one without.
         dtype, device: None: float32 on the CPU.
         repeats: timed turns.
+        insight: look into what its steps are made of, too.
     """
 
     name: str
@@ -42,6 +43,7 @@ class StepScenario:
     dtype: str | None = None
     device: str | None = None
     repeats: int = 11
+    insight: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A plain JSON mapping."""
@@ -86,13 +88,13 @@ def dtype_of(scenario: Scenario) -> str:
 
 
 _VARIANTS: Final = ("aot", "aot/exact", "aot/whole/exact")
-_TORCH: Final = ("torch-compile", "repeated-blocks")
-_ALL: Final = (*EAGER, *_TORCH, "hidiffusion-compile", "tensorrt", "onediff", "inductor", *_VARIANTS)
+_SLOW: Final = ("hidiffusion-compile", "torch-compile", "inductor")
+_ALL: Final = (*EAGER, *_SLOW, "repeated-blocks", "tensorrt", "onediff", *_VARIANTS)
 _FIVE_SMALL: Final = sizes("512x512", "384x256", "256x384", "320x192", "256x256")
 _FIVE_LARGE: Final = sizes("1024x1024", "2048x2048", "2688x1536", "1536x2688", "4096x4096")
 _PEERS: Final = tuple(
     (name, 1)
-    for name in ("torch-compile", "torch-compile/exact", "hidiffusion", "hidiffusion-compile", "repeated-blocks")
+    for name in ("torch-compile/exact", "torch-compile", "hidiffusion-compile", "repeated-blocks", "hidiffusion")
 )
 _GPU: Final[dict[str, Any]] = {"dtype": "bfloat16", "device": "cuda"}
 
@@ -100,28 +102,33 @@ _GPU: Final[dict[str, Any]] = {"dtype": "bfloat16", "device": "cuda"}
 CPU: Final[tuple[Scenario, ...]] = (
     RequestScenario("five-sizes", "sdxl-tiny", _FIVE_SMALL, (("eager", 1), ("aot", 2))),
     RequestScenario(
-        "five-sizes-peers", "sdxl-tiny", _FIVE_SMALL, (("eager", 1), *_PEERS), traced_only=True, limit_s=120.0
+        "five-sizes-peers", "sdxl-tiny", _FIVE_SMALL, (*_PEERS, ("eager", 1)), traced_only=True, limit_s=90.0
     ),
     RequestScenario("first-image", "sdxl-tiny", _FIVE_SMALL[:1], (("eager", 1), ("torch-compile", 2))),
     StepScenario(
-        "square", "sdxl-tiny", sizes("512x512"), (*EAGER, *_TORCH, "tensorrt", "onediff", *_VARIANTS), repeats=9
+        "square",
+        "sdxl-tiny",
+        sizes("512x512"),
+        (*EAGER, "repeated-blocks", "tensorrt", "onediff", *_VARIANTS),
+        repeats=9,
+        insight=True,
     ),
     StepScenario("landscape", "sdxl-tiny", sizes("640x384"), (*EAGER, "aot")),
     StepScenario("batch-1", "sdxl-tiny", sizes("512x512"), ("stock", "aot"), batch=1),
     StepScenario("sd15", "sd15-tiny", sizes("512x512"), (*EAGER, "aot")),
 )
 LONG: Final[tuple[Scenario, ...]] = (
-    StepScenario("square-slow-compilers", "sdxl-tiny", sizes("512x512"), ("hidiffusion-compile", "inductor")),
+    StepScenario("square-slow-compilers", "sdxl-tiny", sizes("512x512"), _SLOW, repeats=9),
     RequestScenario("five-sizes-peers-compiled", "sdxl-tiny", _FIVE_SMALL, (("eager", 1), *_PEERS), limit_s=1800.0),
 )
 GPU: Final[tuple[Scenario, ...]] = (
-    StepScenario("sdxl-gpu", "sdxl", _FIVE_LARGE, _ALL, **_GPU),
+    StepScenario("sdxl-gpu", "sdxl", _FIVE_LARGE, _ALL, insight=True, **_GPU),
     StepScenario("sdxl-gpu-batch-1", "sdxl", _FIVE_LARGE, ("stock", "aot"), batch=1, **_GPU),
-    StepScenario("sd15-gpu", "sd15", sizes("1024x1024", "2048x2048"), _ALL, **_GPU),
+    StepScenario("sd15-gpu", "sd15", sizes("1024x1024", "2048x2048"), _ALL, insight=True, **_GPU),
     StepScenario("sd15-gpu-batch-1", "sd15", sizes("1024x1024", "2048x2048"), ("stock", "aot"), batch=1, **_GPU),
 )
 SMOKE: Final[tuple[Scenario, ...]] = (
     RequestScenario("smoke-requests", "sdxl-tiny", sizes("128x128", "192x128"), (("eager", 1), ("aot", 2))),
-    StepScenario("smoke-steps", "sdxl-tiny", sizes("128x128"), ("stock", "tensorrt", "aot"), repeats=3),
+    StepScenario("smoke-steps", "sdxl-tiny", sizes("128x128"), ("stock", "tensorrt", "aot"), repeats=3, insight=True),
 )
 SETS: Final[dict[str, Sequence[Scenario]]] = {"cpu": CPU, "cpu-long": LONG, "gpu": GPU, "smoke": SMOKE}
