@@ -345,8 +345,9 @@ class Requests:
         """Processes without figures, and why."""
         rows = {(row["contender"], row["process"]): Process(row) for row in self.record["processes"]}
         told = []
-        for name, processes in self.record["contenders"]:
-            for number in range(1, processes + 1):
+        for entry in self.record["contenders"]:
+            name = entry["name"]
+            for number in range(1, entry["processes"] + 1):
                 one = rows.get((name, number))
                 if one is None:
                     told.append((f"{name}, process {number}", "not run"))

@@ -109,7 +109,7 @@ def compilations(content: Content, plots: Sequence[Path]) -> list[str]:
 
 
 def _counted(one: Requests) -> str:
-    columns = ["contender", "process", "functions", "graphs", "recompilations", "graph breaks", "given up"]
+    columns = ["contender", "process", "sizes", "functions", "graphs", "recompilations", "graph breaks", "given up"]
     columns += [
         "this project: compiled + loaded",
         "steps with compiling",
@@ -122,7 +122,8 @@ def _counted(one: Requests) -> str:
         own = f"{told.handled('compiles')} + {told.handled('loads')}" if told.ours else NONE
         marked, steps = sum(len(told.marks(r)) for r in told.requests), sum(len(r["step_ms"]) for r in told.requests)
         worst = told.worst
-        cells = [_named(told), str(told.number), *(str(value) for value in told.counted().values()), own]
+        cells = [_named(told), str(told.number), f"{len(told.requests)} of {len(one.sizes)}"]
+        cells += [*(str(value) for value in told.counted().values()), own]
         cells += [f"{marked} of {steps}"]
         if worst is not None:
             cells += [number(worst.ms), f"{worst.size}, step {worst.step}", times(worst.over_median)]

@@ -29,7 +29,7 @@ from accel_hidiff.benching.subjects import subject_of
 from accel_hidiff.models import load_pipeline
 from benchmarks import harness as h
 from benchmarks.compare import models
-from benchmarks.compare.scenarios import STEPS, RequestScenario, dtype_of
+from benchmarks.compare.scenarios import STEPS, Entry, RequestScenario, dtype_of
 from benchmarks.compare.text import reason
 
 _PROMPT = "a red circle"
@@ -54,7 +54,7 @@ def run(
         scenario: what to run.
         pythons: executables with environments of their own, by contender.
         threads: of torch; None: its own choice.
-        jobs: contenders that run at the same time where they are only traced; elsewhere it is one.
+        jobs: contenders that run at the same time on a CPU; on a GPU it is one.
         cache: compile cache of this project's backends; None: an empty one for each of them.
 
     Returns:
@@ -66,7 +66,6 @@ def run(
         model = models.save(scenario.model, place / "model", dtype_of(scenario))
         config = {
             "model": str(model),
-            "sizes": scenario.sizes,
             "traced_only": scenario.traced_only,
             "dtype": scenario.dtype,
             "device": scenario.device,
@@ -75,25 +74,25 @@ def run(
             "cache": cache and str(cache),
         }
 
-        def processes_of(entry: tuple[str, int]) -> list[dict[str, Any]]:
-            name, processes = entry
-            return _processes(name, processes, config, place / name.replace("/", "-"), pythons.get(name))
+        def processes_of(entry: Entry) -> list[dict[str, Any]]:
+            served = {**config, "sizes": scenario.sizes[: entry.sizes]}
+            kept = place / entry.name.replace("/", "-")
+            return _processes(entry, served, kept, pythons.get(entry.name))
 
-        with ThreadPoolExecutor(jobs if scenario.traced_only else 1) as pool:
+        with ThreadPoolExecutor(1 if scenario.device == "cuda" else jobs) as pool:
             rows = [row for rows in pool.map(processes_of, scenario.contenders) for row in rows]
     return {**scenario.to_json(), "processes": verified(rows)}
 
 
-def _processes(
-    name: str, processes: int, config: Mapping[str, Any], kept: Path, python: Path | None
-) -> list[dict[str, Any]]:
+def _processes(entry: Entry, config: Mapping[str, Any], kept: Path, python: Path | None) -> list[dict[str, Any]]:
     """The processes of one contender, one after the other, over the same folder `kept`."""
+    name = entry.name
     found = find(name, python)
     if not found.usable:
         return [{"contender": name, "process": 1, "failed": found.detail}]
     files = {"TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"), "TRITON_CACHE_DIR": str(kept / "triton")}
     rows: list[dict[str, Any]] = []
-    for number in range(1, processes + 1):
+    for number in range(1, entry.processes + 1):
         full, limit_s = {**config, "contender": name, "kept": str(kept)}, config["limit_s"]
         try:
             answer = h.worker("benchmarks.compare.requests", full, files, limit_s, python)

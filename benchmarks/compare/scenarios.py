@@ -51,14 +51,31 @@ class StepScenario:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A contender of a `RequestScenario`.
+
+    Attributes:
+        name: as of `StepScenario`.
+        processes: one after the other; the second one finds on disk what the first one left there.
+        sizes: how many of the scenario's it serves; None: all.
+    """
+
+    name: str
+    processes: int = 1
+    sizes: int | None = None
+
+
+@dataclass(frozen=True)
 class RequestScenario:
-    """Requests of text to image with guidance, one for each size, in one process after the other.
+    """Requests of text to image with guidance, one for each size, in a process for each contender.
+
+    On a CPU several contenders run at the same time, each on one thread.
 
     Attributes:
         name: unique.
         model: of `models.NAMES`.
         sizes: in the order of the requests.
-        contenders: (name, processes): the second process finds on disk what the first one left there.
+        contenders: in the order in which they begin.
         traced_only: peers have `torch.compile` trace, guard and count, but not generate code ("eager" in place of
             Inductor): their counts do not need it, and are there in minutes.
         dtype, device: None: float32 on the CPU.
@@ -68,7 +85,7 @@ class RequestScenario:
     name: str
     model: str
     sizes: tuple[Size, ...]
-    contenders: tuple[tuple[str, int], ...]
+    contenders: tuple[Entry, ...]
     traced_only: bool = False
     dtype: str | None = None
     device: str | None = None
@@ -88,29 +105,30 @@ def dtype_of(scenario: Scenario) -> str:
 
 
 _VARIANTS: Final = ("aot", "aot/exact", "aot/whole/exact")
-_SLOW: Final = ("hidiffusion-compile", "torch-compile", "inductor")
-_ALL: Final = (*EAGER, *_SLOW, "repeated-blocks", "tensorrt", "onediff", *_VARIANTS)
+_SLOW: Final = ("hidiffusion-compile", "inductor")
+_ALL: Final = (*EAGER, *_SLOW, "torch-compile", "repeated-blocks", "tensorrt", "onediff", *_VARIANTS)
 _FIVE_SMALL: Final = sizes("512x512", "384x256", "256x384", "320x192", "256x256")
 _FIVE_LARGE: Final = sizes("1024x1024", "2048x2048", "2688x1536", "1536x2688", "4096x4096")
 _PEERS: Final = tuple(
-    (name, 1)
+    Entry(name)
     for name in ("torch-compile/exact", "torch-compile", "hidiffusion-compile", "repeated-blocks", "hidiffusion")
 )
 _GPU: Final[dict[str, Any]] = {"dtype": "bfloat16", "device": "cuda"}
 
 # A quarter of an hour on two cores. What takes longer to compile is in `LONG`.
 CPU: Final[tuple[Scenario, ...]] = (
-    RequestScenario("five-sizes", "sdxl-tiny", _FIVE_SMALL, (("eager", 1), ("aot", 2))),
     RequestScenario(
-        "five-sizes-peers", "sdxl-tiny", _FIVE_SMALL, (*_PEERS, ("eager", 1)), traced_only=True, limit_s=90.0
+        "five-sizes", "sdxl-tiny", _FIVE_SMALL, (Entry("torch-compile", 2, sizes=1), Entry("eager"), Entry("aot", 2))
     ),
-    RequestScenario("first-image", "sdxl-tiny", _FIVE_SMALL[:1], (("eager", 1), ("torch-compile", 2))),
+    RequestScenario(
+        "five-sizes-peers", "sdxl-tiny", _FIVE_SMALL, (*_PEERS, Entry("eager")), traced_only=True, limit_s=60.0
+    ),
     StepScenario(
         "square",
         "sdxl-tiny",
         sizes("512x512"),
-        (*EAGER, "repeated-blocks", "tensorrt", "onediff", *_VARIANTS),
-        repeats=9,
+        (*EAGER, "torch-compile", "repeated-blocks", "tensorrt", "onediff", *_VARIANTS),
+        repeats=7,
         insight=True,
     ),
     StepScenario("landscape", "sdxl-tiny", sizes("640x384"), (*EAGER, "aot")),
@@ -119,7 +137,7 @@ CPU: Final[tuple[Scenario, ...]] = (
 )
 LONG: Final[tuple[Scenario, ...]] = (
     StepScenario("square-slow-compilers", "sdxl-tiny", sizes("512x512"), _SLOW, repeats=9),
-    RequestScenario("five-sizes-peers-compiled", "sdxl-tiny", _FIVE_SMALL, (("eager", 1), *_PEERS), limit_s=1800.0),
+    RequestScenario("five-sizes-peers-compiled", "sdxl-tiny", _FIVE_SMALL, (Entry("eager"), *_PEERS), limit_s=1800.0),
 )
 GPU: Final[tuple[Scenario, ...]] = (
     StepScenario("sdxl-gpu", "sdxl", _FIVE_LARGE, _ALL, insight=True, **_GPU),
@@ -128,7 +146,7 @@ GPU: Final[tuple[Scenario, ...]] = (
     StepScenario("sd15-gpu-batch-1", "sd15", sizes("1024x1024", "2048x2048"), ("stock", "aot"), batch=1, **_GPU),
 )
 SMOKE: Final[tuple[Scenario, ...]] = (
-    RequestScenario("smoke-requests", "sdxl-tiny", sizes("128x128", "192x128"), (("eager", 1), ("aot", 2))),
+    RequestScenario("smoke-requests", "sdxl-tiny", sizes("128x128", "192x128"), (Entry("eager"), Entry("aot", 2))),
     StepScenario("smoke-steps", "sdxl-tiny", sizes("128x128"), ("stock", "tensorrt", "aot"), repeats=3, insight=True),
 )
 SETS: Final[dict[str, Sequence[Scenario]]] = {"cpu": CPU, "cpu-long": LONG, "gpu": GPU, "smoke": SMOKE}

@@ -159,7 +159,7 @@ def requests(name: str, traced_only: bool, *processes: Mapping[str, Any]) -> dic
         "name": name,
         "model": "sdxl-tiny",
         "sizes": ["64x64", "96x64"],
-        "contenders": [list(pair) for pair in counted.items()],
+        "contenders": [{"name": name, "processes": processes} for name, processes in counted.items()],
         "traced_only": traced_only,
         "steps": 30,
         "processes": list(processes),
@@ -299,13 +299,10 @@ def test_requests_that_were_not_begun_have_no_seconds() -> None:
 def test_compilations() -> None:
     text = section(markdown(content(two_sizes()), []), "Compilations")
     at = ["4,030", "64x64, step 0", "403"]
-    assert cells(text, "`torch-compile`", "1") == [["4", "6", "2", "10", "2", "-", "4 of 60", *at]]
-    assert cells(text, "`aot`", "1")[0][5:8] == [
-        "6 + 0",
-        "1 of 60",
-        "9,030",
-    ]  # 50 ms at the second size compiled nothing
-    assert cells(text, "`aot`", "2")[0][5:7] == ["0 + 0", "0 of 60"]
+    assert cells(text, "`torch-compile`", "1") == [["2 of 2", "4", "6", "2", "10", "2", "-", "4 of 60", *at]]
+    # 50 ms at the second size compiled nothing
+    assert cells(text, "`aot`", "1")[0][6:9] == ["6 + 0", "1 of 60", "9,030"]
+    assert cells(text, "`aot`", "2")[0][6:8] == ["0 + 0", "0 of 60"]
     assert "lower bounds" not in text
     assert "lower bounds" in section(markdown(content(two_sizes(traced_only=True)), []), "Compilations")
 
@@ -314,7 +311,7 @@ def test_compilations() -> None:
 def test_processes_that_failed_are_told(title: str) -> None:
     record = two_sizes()
     record["processes"][1] = {"contender": "torch-compile", "process": 1, "failed": "RuntimeError: /a/b/c.cpp failed"}
-    record["contenders"].append(["onediff", 2])
+    record["contenders"].append({"name": "onediff", "processes": 2})
     text = section(markdown(content(record), []), title)
     assert "`torch-compile, process 1` (RuntimeError: c.cpp failed)" in text
     assert "`onediff, process 2` (not run)" in text
@@ -478,20 +475,19 @@ def test_without_matplotlib_a_line_tells_so(
 # Scenarios
 
 FROZEN = {  # of the JSON of each
-    "five-sizes": "c9823226f9b6",
-    "five-sizes-peers": "062650ac2507",
-    "first-image": "381b9258d8fe",
-    "square": "dd4027d0c586",
+    "five-sizes": "587c4e420ea2",
+    "five-sizes-peers": "f51d173b7457",
+    "square": "3b5e2be54503",
     "landscape": "7705b5cb48d1",
     "batch-1": "59b5f891eca8",
     "sd15": "e3fe35af66cf",
-    "square-slow-compilers": "47ddf521a0cd",
-    "five-sizes-peers-compiled": "e82263bdd901",
-    "sdxl-gpu": "7e2e486760b6",
+    "square-slow-compilers": "065f9b64794a",
+    "five-sizes-peers-compiled": "ba067bc23a24",
+    "sdxl-gpu": "e0a48e200e4d",
     "sdxl-gpu-batch-1": "3388f82f92c2",
-    "sd15-gpu": "5e8c0161ffde",
+    "sd15-gpu": "c27d4ccf23dd",
     "sd15-gpu-batch-1": "734f30982c11",
-    "smoke-requests": "7944bb3f5038",
+    "smoke-requests": "bb838db410a5",
     "smoke-steps": "580d497cde40",
 }
 ALL: list[Scenario] = [scenario for scenarios in SETS.values() for scenario in scenarios]
@@ -515,8 +511,8 @@ def test_a_scenario_does_not_change(scenario: Scenario) -> None:
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
 def test_a_scenario_can_be_run(scenario: Scenario) -> None:
     if isinstance(scenario, RequestScenario):
-        names = [name for name, _ in scenario.contenders]
-        assert all(processes >= 1 for _, processes in scenario.contenders)
+        names = [entry.name for entry in scenario.contenders]
+        assert all(entry.processes >= 1 for entry in scenario.contenders)
     else:
         names = list(scenario.contenders)
     assert [Contender.parse(name).name for name in names] == list(dict.fromkeys(names))

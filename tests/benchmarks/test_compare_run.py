@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.compare import insight, requests, steps
-from benchmarks.compare.scenarios import STEPS, RequestScenario, StepScenario, sizes
+from benchmarks.compare.scenarios import STEPS, Entry, RequestScenario, StepScenario, sizes
 from tests import needs
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,11 @@ pytestmark = pytest.mark.slow
 def test_requests_count_what_each_contender_compiles(cache_dir: Path) -> None:
     needs.aot()
     scenario = RequestScenario(
-        "two", "sdxl-tiny", sizes("128x128", "192x128"), (("eager", 1), ("aot", 2), ("repeated-blocks", 1)), True
+        "two",
+        "sdxl-tiny",
+        sizes("128x128", "192x128"),
+        (Entry("eager"), Entry("aot", 2), Entry("repeated-blocks")),
+        True,
     )
     done = requests.run(scenario, {}, 1, 2, cache_dir)
     assert tempfile.gettempdir() not in json.dumps(done), "no place on this machine is told"
