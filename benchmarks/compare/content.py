@@ -355,6 +355,11 @@ class Requests:
                     told.append((f"{name}, process {number}", one.failed))
         return told
 
+    def asked(self, contender: str) -> int:
+        """How many sizes a contender was to serve."""
+        entry = next((one for one in self.record["contenders"] if one["name"] == contender), {})
+        return int(entry.get("sizes") or len(self.sizes))
+
     @property
     def cut(self) -> dict[str, str]:
         """Processes that were ended before they had done all, and how far they were."""
@@ -372,7 +377,10 @@ class Requests:
 
 @dataclass(frozen=True)
 class Share:
-    """What one topology asks for, and how much of the matmul's speed a contender reaches there (None: not timed)."""
+    """What one topology asks for, and how much of the matmul's speed a contender reaches there (None: not timed).
+
+    `moving` is the share of eager's time in which its traffic could be copied.
+    """
 
     size: str
     topology: str
@@ -381,6 +389,7 @@ class Share:
     floor_ms: float
     traffic_ms: float
     reached: Mapping[str, float | None]
+    moving: float | None
 
 
 @dataclass(frozen=True)
@@ -417,7 +426,9 @@ class Insight:
                 ms = None if self.steps is None else self.steps.ms(name, size, topology)
                 reached[name] = floor_ms / ms if ms else None
             traffic_ms = 1e3 * work["eager_gb"] / copy
-            found.append(Share(size, topology, work["tflop"], work["eager_gb"], floor_ms, traffic_ms, reached))
+            eager_ms = None if self.steps is None else self.steps.ms(REFERENCE, size, topology)
+            moving = traffic_ms / eager_ms if eager_ms else None
+            found.append(Share(size, topology, work["tflop"], work["eager_gb"], floor_ms, traffic_ms, reached, moving))
         return found
 
     def profile(self, contender: str, size: str, topology: str) -> Mapping[str, Any] | None:

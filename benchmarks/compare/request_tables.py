@@ -81,7 +81,9 @@ def _by_sizes(one: Requests) -> str:
             taken["torch's records"] = told.torch_s()
         for name, seconds in taken.items():
             cells = [number(value) for value in seconds]
-            rows.append([_named(told), str(told.number), name, *cells, *["time was up"] * (len(counts) - len(cells))])
+            asked = one.asked(told.contender)
+            missing = ["time was up" if n <= asked else "not asked" for n in counts[len(cells) :]]
+            rows.append([_named(told), str(told.number), name, *cells, *missing])
     return table(columns, rows, left=3)
 
 

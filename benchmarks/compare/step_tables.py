@@ -94,7 +94,7 @@ def floor(content: Content, plots: Sequence[Path]) -> list[str]:
         "TFLOP are those of convolutions, matmuls and attention in one call; eager's traffic is what its operators "
         "read and write if each takes every operand from memory once. The floor is the arithmetic at the speed of a "
         "large matmul, and the share is the floor over the measured time: 100 % would be a call that does nothing "
-        "but matmuls at full speed.",
+        "but matmuls at full speed. The last column is the share of eager's time in which its traffic could be copied.",
         picture(plots, "floor", "share of the matmul's speed that a call reaches"),
     ]
     if not content.insights:
@@ -110,13 +110,17 @@ def floor(content: Content, plots: Sequence[Path]) -> list[str]:
 
 def _floor_of(one: Insight) -> str:
     columns = ["size", "topology", "TFLOP", *([] if one.on_cpu else ["floor ms"]), "eager's traffic GB"]
-    columns += [*([] if one.on_cpu else ["traffic ms"]), *(f"share, {name}" for name in PROFILED)]
+    columns += [
+        *([] if one.on_cpu else ["traffic ms"]),
+        *(f"share, {name}" for name in PROFILED),
+        "traffic, of eager's",
+    ]
     rows = []
     for share in one.shares(PROFILED):
         cells = [share.size, share.topology, number(share.tflop)]
         cells += [*([] if one.on_cpu else [number(share.floor_ms)]), number(share.eager_gb)]
         cells += [] if one.on_cpu else [number(share.traffic_ms)]
-        rows.append([*cells, *(percent(share.reached[name]) for name in PROFILED)])
+        rows.append([*cells, *(percent(share.reached[name]) for name in PROFILED), percent(share.moving)])
     return table(columns, rows, left=2)
 
 

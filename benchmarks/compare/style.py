@@ -17,7 +17,7 @@ PURPLE: Final = "#cc79a7"
 GREY: Final = "#999999"
 PALE: Final = "#dddddd"
 
-ON_WHITE: Final = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
+ON_WHITE: Final = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 _CONTENDERS: Final = {  # the same in all panels
     "eager": (BLACK, "X"),
     "stock": (GREY, "P"),

@@ -256,19 +256,19 @@ def test_rows_that_stand_for_fewer_steps_say_so() -> None:
 
 def test_the_floor_on_a_cpu_is_told_in_shares_alone() -> None:
     text = section(markdown(content(steps(), insight()), []), "Distance")
-    assert cells(text, "64x64", SHORT) == [["0.00200", "0.0500", "10.0 %", "20.0 %"]]  # 2 of 20 ms, and of 10
-    assert cells(text, "64x64", LONG) == [["0.00400", "0.0500", "10.0 %", "13.3 %"]]
+    assert cells(text, "64x64", SHORT) == [["0.00200", "0.0500", "10.0 %", "20.0 %", "5.0 %"]]  # 2 of 20 ms, and of 10
+    assert cells(text, "64x64", LONG) == [["0.00400", "0.0500", "10.0 %", "13.3 %", "2.5 %"]]
     assert "matmul 1.00 TFLOP/s, copy 50.0 GB/s" in text
 
 
 def test_the_floor_on_a_gpu_has_milliseconds() -> None:
     text = section(markdown(content(steps("cuda:0"), insight()), []), "Distance")
-    assert cells(text, "64x64", SHORT) == [["0.00200", "2.00", "0.0500", "1.00", "10.0 %", "20.0 %"]]
+    assert cells(text, "64x64", SHORT) == [["0.00200", "2.00", "0.0500", "1.00", "10.0 %", "20.0 %", "5.0 %"]]
 
 
 def test_the_floor_without_times_has_no_shares() -> None:
     text = section(markdown(content(insight()), []), "Distance")
-    assert cells(text, "64x64", SHORT) == [["0.00200", "0.0500", "-", "-"]]
+    assert cells(text, "64x64", SHORT) == [["0.00200", "0.0500", "-", "-", "-"]]
     assert "There is no record of this scenario's times" in text
 
 
@@ -277,6 +277,14 @@ def test_cold_start() -> None:
     assert cells(text, "`torch-compile`", "1")[0] == ["2.00", "12.0", "3.00", "3.00", "500", "6", "4.03"]
     assert [row[1:3] for row in cells(text, "`aot`", "1")[:1]] == [["10.0", "2.50"]]
     assert cells(text, "`aot`", "2")[0][1:3] == ["3.00", "0.75"]
+
+
+def test_a_size_that_was_not_asked_for_is_not_late() -> None:
+    record = two_sizes()
+    record["contenders"][1]["sizes"] = 1
+    record["processes"][1]["requests"].pop()
+    text = section(markdown(content(record), []), "Cold start")
+    assert cells(text, "`torch-compile`", "1", "stalls") == [["6.00", "not asked"]]
 
 
 def test_seconds_by_the_number_of_sizes() -> None:
