@@ -74,6 +74,7 @@ def run_all(scenarios: Sequence[Scenario], options: argparse.Namespace, pythons:
             try:
                 for record in run(scenario, Path(cache), pythons, options.threads, options.jobs):
                     report.keep({**record, "wall_s": h.rounded(time.perf_counter() - start)})
+                    start = time.perf_counter()
                     failed = failed or requests.any_wrong(record)
             except (h.WorkerFailed, subprocess.TimeoutExpired, BenchFailed, BadInput) as problem:
                 print(f"{scenario.name}: failed: {problem}", file=sys.stderr, flush=True)

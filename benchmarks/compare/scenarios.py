@@ -131,9 +131,9 @@ CPU: Final[tuple[Scenario, ...]] = (
         repeats=7,
         insight=True,
     ),
-    StepScenario("landscape", "sdxl-tiny", sizes("640x384"), (*EAGER, "aot"), repeats=7),
-    StepScenario("batch-1", "sdxl-tiny", sizes("512x512"), ("stock", "aot"), batch=1, repeats=7),
-    StepScenario("sd15", "sd15-tiny", sizes("384x256"), (*EAGER, "aot"), repeats=7),
+    StepScenario("landscape", "sdxl-tiny", sizes("640x384"), ("hidiffusion", "aot"), repeats=7),
+    StepScenario("batch-1", "sdxl-tiny", sizes("512x512"), ("aot",), batch=1, repeats=7),
+    StepScenario("sd15", "sd15-tiny", sizes("384x256"), ("hidiffusion", "aot"), repeats=7),
 )
 LONG: Final[tuple[Scenario, ...]] = (
     StepScenario("square-slow-compilers", "sdxl-tiny", sizes("512x512"), _SLOW, repeats=9),
