@@ -52,7 +52,8 @@ class DemoModelConfig:
     `transformer_layers` for the first level is kept for SDXL's sake: that level has no attention. `head_width` is the
     number of channels per attention head; the number of heads follows from the widths. `sample_size` is the latent side
     that diffusers takes when a request gives no size. `vae_channels` has four entries, which makes the factor
-    between pixels and latents 8.
+    between pixels and latents 8; `vae_attention` is the self-attention in the middle of both of its halves. `words` become
+    one token each.
 
     >>> DemoModelConfig().attention_heads
     (2, 4, 8)
@@ -74,9 +75,14 @@ class DemoModelConfig:
     text_layers_2: int = 2
     vae_channels: tuple[int, int, int, int] = (16, 32, 32, 32)
     vae_norm_groups: int = 8
+    vae_attention: bool = True
+    prediction_type: str = "epsilon"
+    words: tuple[str, ...] = _WORDS
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
+            if name in ("vae_attention", "prediction_type", "words"):
+                continue
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(type(number) is int and number > 0 for number in numbers):
                 raise ValueError(f"{name}: expected positive integers, got {value!r}")
@@ -134,8 +140,14 @@ def build_pipeline(seed: int = 0, *, config: DemoModelConfig | None = None) -> S
     The same seed and configuration give the same weights, bit for bit. The random state of torch (CPU and accelerators)
     is left as it was.
     """
-    config = config or DemoModelConfig()
-    tokenizer, tokenizer_2 = _tokenizer(pad_token=_EOS), _tokenizer(pad_token="!")
+    pipe = assemble(seed, config or DemoModelConfig())
+    _rescale(pipe.unet, pipe.vae)
+    return pipe
+
+
+def assemble(seed: int, config: DemoModelConfig) -> StableDiffusionXLPipeline:
+    """The pipeline as `build_pipeline` has it, with torch's own first weights: where training begins."""
+    tokenizer, tokenizer_2 = _tokenizer(config.words, pad_token=_EOS), _tokenizer(config.words, pad_token="!")
     # `torch.manual_seed` would also reseed accelerators, which `fork_rng(devices=[])` does not restore.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
@@ -147,7 +159,6 @@ def build_pipeline(seed: int = 0, *, config: DemoModelConfig | None = None) -> S
         text_encoder_2 = CLIPTextModelWithProjection(
             _text_config(tokenizer_2, config.text_width_2, config.text_layers_2, config.head_width, act="gelu")
         )
-    _rescale(unet, vae)
     for module in (unet, vae, text_encoder, text_encoder_2):
         module.eval()
     return StableDiffusionXLPipeline(
@@ -157,7 +168,7 @@ def build_pipeline(seed: int = 0, *, config: DemoModelConfig | None = None) -> S
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         unet=unet,
-        scheduler=_scheduler(),
+        scheduler=_scheduler(config),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
@@ -268,6 +279,7 @@ def _vae_arguments(config: DemoModelConfig) -> dict[str, Any]:
         "sample_size": config.sample_size * 2 ** (levels - 1),
         "scaling_factor": 0.13025,
         "force_upcast": False,
+        "mid_block_add_attention": config.vae_attention,
     }
 
 
@@ -287,7 +299,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int, head_width: 
     )
 
 
-def _scheduler() -> EulerDiscreteScheduler:
+def _scheduler(config: DemoModelConfig) -> EulerDiscreteScheduler:
     """SDXL's scheduler."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
@@ -295,6 +307,7 @@ def _scheduler() -> EulerDiscreteScheduler:
         beta_schedule="scaled_linear",
         timestep_spacing="leading",
         steps_offset=1,
+        prediction_type=config.prediction_type,
     )
 
 
@@ -314,12 +327,12 @@ def _rescale(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
         vae.decoder.conv_out.weight.mul_(_IMAGE_STD * unit_gain)
 
 
-def _tokenizer(pad_token: str) -> CLIPTokenizer:
+def _tokenizer(words: Iterable[str], pad_token: str) -> CLIPTokenizer:
     """A CLIP tokenizer of 512 byte tokens, a few words and two special tokens; any text can be encoded."""
     alphabet = _byte_alphabet()
     tokens = alphabet + [character + "</w>" for character in alphabet]
     merges: dict[tuple[str, str], None] = {}
-    for word in _WORDS:
+    for word in words:
         left, *rest = [*word[:-1], word[-1] + "</w>"]
         for right in rest:
             merges[left, right] = None
