@@ -6,6 +6,7 @@
     <location>/v1/tmp/                          unfinished work; anything here may be deleted when nothing builds
     <location>/v1/locks/<key digest>.lock       one lock file per key, empty, never removed (removal would race)
     <location>/v1/locks/store                   held by all who publish together, or by one who removes
+    <location>/v1/locks/records                 held by one of them, while its record takes the place of another
     <location>/v1/used/ab/<key digest>          a byte per use; its modification time is the last one
     <location>/v1/pins/<key digest>             the entry is kept whatever the limits say
     <location>/v1/held/<key digest>.<name>      a record that was replaced while some process held its entry
@@ -29,7 +30,17 @@ from pathlib import Path
 from typing import Final
 
 from .errors import CacheWriteError, one_line
-from .files import Identity, again_if_stale, hash_file, identity_of, remove, rename, sync_directory, write_synced
+from .files import (
+    Identity,
+    again_if_stale,
+    hash_file,
+    identity_of,
+    read_at_most,
+    remove,
+    rename,
+    sync_directory,
+    write_synced,
+)
 from .leases import Lease, held_alone, locked, open_leased
 from .records import (
     MAX_RECORD,
@@ -223,8 +234,12 @@ class BlobStore:
     def sweep(self, age: float = JUNK_AGE) -> None:
         """Remove what lies in ``tmp``, was not touched for ``age`` seconds, and that nobody works in.
 
-        A clock that jumps makes files look old: a builder holds its directory, whatever the time.
+        A clock that jumps makes files look old: a builder holds its directory, whatever the time. Replaced records go
+        too, once nobody holds them.
         """
+        if self.held.is_dir():
+            with self._replacing():
+                self._drop_replaced("*")
         limit = time.time() - age
         for path in self.tmp.iterdir():
             with suppress(OSError):  # another process sweeps too, or the file is not ours: the next sweep gets it
@@ -252,6 +267,10 @@ class BlobStore:
         """Held around every removal: nothing is published meanwhile."""
         return locked(self.locks / "store", shared=False)
 
+    def _replacing(self) -> AbstractContextManager[None]:
+        """Held by one of those that publish, while its record takes the place of another."""
+        return locked(self.locks / "records", shared=False)
+
     def publish(self, record: Record, built: Mapping[str, Path]) -> None:
         """Store a record and the built files that it names, so that a reader sees all of it or nothing.
 
@@ -260,7 +279,8 @@ class BlobStore:
         The record is written (in ``tmp``) before the first rename: a full disk is met while nothing is in place yet.
 
         Args:
-            record: what to store; an existing record of the same key is replaced.
+            record: what to store; an existing record of the same key is replaced, unless it is this very one: several
+                that import or fetch it at once do not take it from each other's readers.
             built: file name -> path in ``tmp``, already flushed to the disk; the files are moved away. Names that are
                 not in it must be stored already.
 
@@ -268,8 +288,9 @@ class BlobStore:
             OSError: if something cannot be written; then no record was stored.
         """
         temporary, target = self.new_temporary("record"), self.record_path(record.digest)
+        text = encode_record(record)
         try:
-            mode = write_synced(temporary, encode_record(record))
+            mode = write_synced(temporary, text)
             moves = [(path, self.blob_path(record.files[name].sha256)) for name, path in built.items()]
             for path, place in (*moves, (temporary, target)):
                 self._clear_way(place)
@@ -279,15 +300,24 @@ class BlobStore:
             for directory in {place.parent for _, place in moves}:
                 sync_directory(directory)
             self.usage.freshen(record.digest)
-            with self._kept_for_holders(target):
-                rename(temporary, target)
+            with self._replacing():
+                if _is_file_of(target, text):
+                    with suppress(OSError):  # the file of another user
+                        os.utime(target)  # its age starts again
+                else:
+                    with self._kept_for_holders(target):
+                        rename(temporary, target)
             sync_directory(target.parent)
         finally:
             remove(temporary)
 
     @contextmanager
     def _kept_for_holders(self, path: Path) -> Iterator[None]:
-        """Around the replacement of a record: the old one stays in ``held`` as long as somebody holds its entry."""
+        """Around the replacement of a record: the old one stays in ``held`` as long as somebody holds its entry.
+
+        Called under :meth:`_replacing`. Of two at once, one would replace the record of the other without a link to it,
+        so that nobody saw who holds that; and each would take the other's look at the old one for a holder.
+        """
         kept = self.held / f"{path.stem}.{uuid.uuid4().hex[:12]}"
         with suppress(OSError):  # no old one, or a file system without hard links
             if path.exists():
@@ -296,9 +326,16 @@ class BlobStore:
         try:
             yield
         finally:
-            with held_alone(kept) as free:
+            self._drop_replaced(path.stem)
+
+    def _drop_replaced(self, digest: str) -> None:
+        """Remove the replaced records of a key that nobody holds now; ``*``: of all keys. Under :meth:`_replacing`."""
+        if self.held.is_symlink():
+            return
+        for path in self.held.glob(f"{digest}.*"):
+            with held_alone(path) as free:
                 if free:
-                    remove(kept)
+                    remove(path)
 
     def _clear_way(self, place: Path) -> None:
         if place.parent.exists() and not place.parent.is_dir():
@@ -328,6 +365,14 @@ def _names(directory: Path) -> list[str]:
         return sorted(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _is_file_of(path: Path, data: bytes) -> bool:
+    """Whether a regular file with these bytes lies there."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode) and read_at_most(path, len(data)) == (len(data), data)
+    except OSError:
+        return False
 
 
 def _regular(path: Path) -> Identity:

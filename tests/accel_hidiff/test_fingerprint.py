@@ -16,6 +16,7 @@ from torch import nn
 from accel_hidiff import apply_hidiffusion
 from accel_hidiff.fingerprint import ModuleState, fingerprint, structure
 from compile_cache import UnstableFactor
+from tests.ids import without_address
 
 
 class Scale:
@@ -115,7 +116,7 @@ def test_another_class_is_another_fingerprint() -> None:
         (nn.ReLU, nn.SiLU),
         (torch.add, torch.mul),
     ],
-    ids=repr,
+    ids=without_address,
 )
 def test_attribute_values_are_told_apart(one: Any, other: Any) -> None:
     assert fingerprint(Block(one)) == fingerprint(Block(one))
@@ -148,7 +149,9 @@ def closure() -> Any:
 
 
 @pytest.mark.parametrize(
-    "value", [object(), torch.zeros(2), cycle(), closure(), Scale().__call__, range(3), 1j, iter([])], ids=repr
+    "value",
+    [object(), torch.zeros(2), cycle(), closure(), Scale().__call__, range(3), 1j, iter([])],
+    ids=without_address,
 )
 def test_what_has_no_stable_form_is_refused_with_its_path(value: Any) -> None:
     with pytest.raises(UnstableFactor, match=r"Block\.extra"):

@@ -30,6 +30,7 @@ from accel_hidiff.patching import Patch
 from accel_hidiff.schedulers import DDIMCFGPPScheduler
 from tests import cfgpp_golden as golden
 from tests import models
+from tests.ids import without_address
 
 SDXL = {**golden.TABLES["sdxl"], "steps_offset": 1, "timestep_spacing": "leading"}
 LEADING = {**SDXL, "clip_sample": False, "set_alpha_to_one": False}
@@ -625,7 +626,7 @@ ARRAY = np.zeros((HEIGHT, WIDTH, 3), dtype=np.float32)
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: expected"),
         ({"shift_seed": 0.5}, "shift_seed: expected an integer"),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_bad_input_is_one_clear_line(options: dict[str, Any], message: str, built: Any) -> None:
     with pytest.raises(BadInput, match=message) as raised:

@@ -119,6 +119,15 @@ def test_import_keeps_what_is_sound(here, bundle, source):
     assert not again.entries and len(again.kept) == 3 and again.bytes == 0
 
 
+def test_import_of_an_entry_in_use_leaves_its_record(here, bundle, source):
+    entry, record = CompileCache(here).get(ONE), record_of(here, ONE).stat().st_ino
+    blob_of(here, FILES[ONE]["code.so"]).unlink()
+    report = CompileCache(here).import_bundle(bundle)
+    assert len(report.entries) == 3 and record_of(here, ONE).stat().st_ino == record
+    holds_exactly(here, KEYS, source)
+    assert contents(entry) == FILES[ONE] and CompileCache(here).prune(max_bytes=1).in_use == (ONE.digest,)
+
+
 @pytest.mark.parametrize("victim", ["record", "blob", "no blob", "directory"])
 def test_import_heals_what_is_damaged(here, bundle, source, victim):
     blob = blob_of(here, FILES[ONE]["code.so"])

@@ -65,7 +65,7 @@ def test_round_trip_and_layout(cache):
     record = f"v1/actions/{KEY.digest[:2]}/{KEY.digest}.json"
     assert {name: data for name, data in stored.items() if "/blobs/" in name} == blobs
     used = f"v1/used/{KEY.digest[:2]}/{KEY.digest}"
-    locks = {f"v1/locks/{KEY.digest}.lock", "v1/locks/store"}
+    locks = {f"v1/locks/{KEY.digest}.lock", "v1/locks/store", "v1/locks/records"}
     assert set(stored) - set(blobs) == {"CACHEDIR.TAG", record, used, *locks}
     assert stored["CACHEDIR.TAG"].startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
     body = json.loads(stored[record])

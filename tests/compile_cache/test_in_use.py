@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from compile_cache import CacheWriteError, CompileCache, DamagedEntryWarning, SigningKey
+from compile_cache import CacheWriteError, CompileCache, DamagedEntryWarning, SigningKey, store
 from compile_cache.usage import Usage
-from tests.entries import WEEK, fill, kept, key, program, record_of, right, set_used, writes
+from tests.entries import WEEK, fill, in_threads, kept, key, program, record_of, right, set_used, writes
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -58,6 +58,47 @@ def test_an_entry_stays_readable_when_its_record_is_replaced(cache, replace):
     del entry
     cache.clean()
     assert kept(cache) == [] and cache.verify().blobs == 0 and not list((cache.location / "v1").glob("held/*"))
+
+
+@pytest.mark.parametrize("then", ["it is replaced again", "the cache is opened again"])
+def test_a_replaced_record_that_nobody_holds_any_more_goes(cache, then):
+    entry = fill(cache, 0, 1).get(key(0))
+    cache.link(key(0), cache.get(key(1)))
+    held = cache.location / "v1/held"
+    assert len(os.listdir(held)) == 1
+    fill(CompileCache(cache.location), 2)  # still in use
+    assert len(os.listdir(held)) == 1 and right(entry, 0)
+    del entry
+    if then == "it is replaced again":
+        cache.link(key(0), cache.get(key(2)))
+    else:
+        fill(CompileCache(cache.location), 3)
+    assert not os.listdir(held)
+
+
+def test_records_that_are_replaced_at_once_lose_no_holder(cache, monkeypatch):
+    """Of who holds the record of another that replaces it, too."""
+    fill(cache, 0, 1, 2, 3)
+    entries = [cache.get(key(n)) for n in range(4)]
+    lost, rename = [], store.rename
+
+    def slowly(source, target):
+        time.sleep(0.002)
+        rename(source, target)
+
+    def replace(n):
+        for _ in range(20):
+            entry = cache.link(key(9), entries[n])
+            time.sleep(0.005)
+            if os.fstat(entry._lease._descriptor).st_nlink == 0:  # a removal would not see that it is in use
+                lost.append(n)
+
+    monkeypatch.setattr(store, "rename", slowly)
+
+    in_threads(4, replace)
+    assert not lost
+    fill(CompileCache(cache.location), 4)
+    assert not os.listdir(cache.location / "v1/held")
 
 
 def test_copies_of_an_entry_hold_nothing_and_close_nothing(cache):

@@ -39,7 +39,7 @@ def test_a_use_is_not_counted_through_a_link(unsigned, victim, tmp_path):
     assert CompileCache(unsigned).get(KEY) is not None and not (tmp_path / "created").exists()
 
 
-@pytest.mark.parametrize("name", [f"{OTHER.digest}.lock", "store"])
+@pytest.mark.parametrize("name", [f"{OTHER.digest}.lock", "store", "records"])
 def test_a_lock_is_not_taken_through_a_link(unsigned, victim, tmp_path, name):
     for target in (victim, tmp_path / "created"):
         plant(unsigned / "v1/locks" / name, target)
@@ -154,7 +154,7 @@ def special(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "terminal", "loop", "directory"])
-@pytest.mark.parametrize("where", ["record", "blob", "used", "pin", "key lock", "store lock"])
+@pytest.mark.parametrize("where", ["record", "blob", "used", "pin", "key lock", "store lock", "records lock"])
 def test_what_is_no_file_is_not_waited_for(unsigned, where, kind):
     places = {
         "record": record_of(unsigned),
@@ -163,6 +163,7 @@ def test_what_is_no_file_is_not_waited_for(unsigned, where, kind):
         "pin": unsigned / "v1/pins" / KEY.digest,
         "key lock": unsigned / f"v1/locks/{OTHER.digest}.lock",
         "store lock": unsigned / "v1/locks/store",
+        "records lock": unsigned / "v1/locks/records",
     }
     special(places[where], kind)
     cache = CompileCache(unsigned)
@@ -179,7 +180,7 @@ def test_what_is_no_file_is_not_waited_for(unsigned, where, kind):
         try:
             in_time(work)
         except CacheWriteError as error:
-            assert where in ("pin", "key lock", "store lock")
+            assert where in ("pin", "key lock", "store lock", "records lock")
             one_line(error)
 
 
