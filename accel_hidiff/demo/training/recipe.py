@@ -62,7 +62,7 @@ class DiffusionRecipe:
     scenes: int = 32_000
     steps: int = 3000
     batch: int = 48
-    rate: float = 1e-3
+    rate: float = 8e-4
     warm_up: int = 100
     weight_decay: float = 0.01
     average: float = 0.998

@@ -1,0 +1,83 @@
+"""The tables: shares with Wilson's intervals, means with bootstrap intervals, all at 95 %."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+
+from benchmarks.effect.drawing import readings_of
+from benchmarks.effect.reading import Reading
+
+_Z = 1.96
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share.
+
+    >>> low, high = wilson(50, 100)
+    >>> round(low, 3), round(high, 3)
+    (0.404, 0.596)
+    """
+    if count == 0:
+        return 0.0, 1.0
+    share, square = hits / count, _Z**2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = _Z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def bootstrap(values: Sequence[float], rounds: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of a mean; the same numbers give the same interval."""
+    array = numpy.asarray(values, float)
+    picks = numpy.random.default_rng(0).integers(len(array), size=(rounds, len(array)))
+    low, high = numpy.percentile(array[picks].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def share(readings: Sequence[Reading], of: Callable[[Reading], bool]) -> str:
+    """A share in percent with its interval."""
+    hits = sum(map(of, readings))
+    low, high = wilson(hits, len(readings))
+    return f"{100 * hits / len(readings):.0f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def mean(values: Sequence[float], digits: int = 2) -> str:
+    """A mean with its interval."""
+    low, high = bootstrap(values)
+    return f"{numpy.mean(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+_HEAD = (
+    "| size | model | pictures | several objects, % | one right object, % | count, % | colour, % | shape, % | scale, % | extent | Frechet "
+    "| sharpness | saturation | clipped, % |"
+)
+
+
+def row(record: dict[str, Any]) -> str:
+    """One cell as a row of a table."""
+    readings = readings_of(record)
+    cells = [
+        record["size"],
+        record["arm"],
+        str(len(readings)),
+        share(readings, lambda r: r.duplicated),
+        share(readings, lambda r: r.right),
+        share(readings, lambda r: r.count_right),
+        share(readings, lambda r: r.colours_right),
+        share(readings, lambda r: r.shapes_right),
+        share(readings, lambda r: r.scale_right),
+        mean([r.extent for r in readings]),
+        "" if record.get("frechet") is None else f"{record['frechet']:.2f}",
+        mean([r.sharpness for r in readings]),
+        mean([r.saturation for r in readings]),
+        f"{100 * numpy.mean([r.clipped for r in readings]):.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    return "\n".join([_HEAD, "|" + " --- |" * 14, *map(row, records)])
