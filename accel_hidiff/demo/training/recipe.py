@@ -60,9 +60,9 @@ class DiffusionRecipe:
 
     seed: int = 0
     scenes: int = 32_000
-    steps: int = 3000
+    steps: int = 2000
     batch: int = 48
-    rate: float = 8e-4
+    rate: float = 1e-3
     warm_up: int = 100
     weight_decay: float = 0.01
     average: float = 0.998
