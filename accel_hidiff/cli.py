@@ -368,18 +368,21 @@ def demo(
         "demo-out"
     ),
     steps: Steps = 20,
-    size: Annotated[list[str], typer.Option("--size", help="WIDTHxHEIGHT; repeat for more.")] = [  # noqa: B006
-        "512x512",
-        "640x384",
-        "384x640",
-    ],
+    size: Annotated[
+        list[str] | None,
+        typer.Option("--size", help="WIDTHxHEIGHT; repeat for more. Default: three of four times the trained area."),
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="A wider model with random weights: times, but no pictures.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build a small SDXL model, precompile three sizes, serve them in a new process; write images and a plot."""
+    """Precompile a small SDXL model for three sizes, serve them in a new process; write pictures and a plot."""
     from accel_hidiff.demo.run import run_demo
 
-    sizes = [parse_size(text) for text in size]
-    report = run_demo(out, sizes, check_steps(steps), Console(stderr=True))
+    sizes = [parse_size(text) for text in size] if size else None
+    console = Console(stderr=True)
+    report = run_demo(out, sizes, check_steps(steps), console, random_weights=random_weights)
     _print(report.to_json() if as_json else report.table())
 
 

@@ -1,14 +1,14 @@
-"""The embedded default model: a small, real `StableDiffusionXLPipeline`, built without any download.
+"""Small, real `StableDiffusionXLPipeline`s, built without any download.
 
 Every part is the stock class of diffusers or transformers, with SDXL's layout and small widths: the UNet has
 SDXL's blocks, samplers, `text_time` conditioning and transformer depths, so HiDiffusion, the graph keys and the
 compiler meet what they would meet in SDXL itself. The weights are random, from a fixed seed. Images are therefore
-textures, not pictures: they show that two ways of running a model agree, and how fast each is, not how good an image
-looks.
+textures, not pictures: they show that two ways of running a model agree, and how fast each is. The model whose pictures
+mean something is `accel_hidiff.demo.trained.trained_model`, which begins as `assemble` gives it.
 
-Where a trained model comes in: everything that uses the demo model reads an ordinary diffusers folder, the one that
-`save_model` returns. A folder with trained weights (made by `save_pretrained`, or a snapshot of a published SDXL model)
-in that place is used as it is; `save_model` never overwrites a complete folder.
+Everything that uses the demo model reads an ordinary diffusers folder, the one that `save_model` returns. A folder with
+trained weights (made by `save_pretrained`, or a snapshot of a published SDXL model) in that place is used as it is;
+`save_model` never overwrites a complete folder.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class DemoModelConfig:
     `transformer_layers` for the first level is kept for SDXL's sake: that level has no attention. `head_width` is the
     number of channels per attention head; the number of heads follows from the widths. `sample_size` is the latent side
     that diffusers takes when a request gives no size. `vae_channels` has four entries, which makes the factor
-    between pixels and latents 8; `vae_attention` is the self-attention in the middle of both of its halves. `words` become
-    one token each.
+    between pixels and latents 8; `vae_attention` is the self-attention in the middle of both of its halves. `words`
+    become one token each.
 
     >>> DemoModelConfig().attention_heads
     (2, 4, 8)
@@ -147,7 +147,7 @@ def build_pipeline(seed: int = 0, *, config: DemoModelConfig | None = None) -> S
 
 def assemble(seed: int, config: DemoModelConfig) -> StableDiffusionXLPipeline:
     """The pipeline as `build_pipeline` has it, with torch's own first weights: where training begins."""
-    tokenizer, tokenizer_2 = _tokenizer(config.words, pad_token=_EOS), _tokenizer(config.words, pad_token="!")
+    tokenizer, tokenizer_2 = _tokenizer(_EOS, config.words), _tokenizer("!", config.words)
     # `torch.manual_seed` would also reseed accelerators, which `fork_rng(devices=[])` does not restore.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
@@ -168,7 +168,7 @@ def assemble(seed: int, config: DemoModelConfig) -> StableDiffusionXLPipeline:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         unet=unet,
-        scheduler=_scheduler(config),
+        scheduler=_scheduler(config.prediction_type),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
@@ -299,7 +299,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int, head_width: 
     )
 
 
-def _scheduler(config: DemoModelConfig) -> EulerDiscreteScheduler:
+def _scheduler(prediction_type: str = "epsilon") -> EulerDiscreteScheduler:
     """SDXL's scheduler."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
@@ -307,7 +307,7 @@ def _scheduler(config: DemoModelConfig) -> EulerDiscreteScheduler:
         beta_schedule="scaled_linear",
         timestep_spacing="leading",
         steps_offset=1,
-        prediction_type=config.prediction_type,
+        prediction_type=prediction_type,
     )
 
 
@@ -327,7 +327,7 @@ def _rescale(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
         vae.decoder.conv_out.weight.mul_(_IMAGE_STD * unit_gain)
 
 
-def _tokenizer(words: Iterable[str], pad_token: str) -> CLIPTokenizer:
+def _tokenizer(pad_token: str, words: Iterable[str] = _WORDS) -> CLIPTokenizer:
     """A CLIP tokenizer of 512 byte tokens, a few words and two special tokens; any text can be encoded."""
     alphabet = _byte_alphabet()
     tokens = alphabet + [character + "</w>" for character in alphabet]

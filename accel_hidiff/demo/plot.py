@@ -1,11 +1,42 @@
-"""One plot: step on x, milliseconds on y, coloured by topology, eager beside compiled."""
+"""What the demo shows: milliseconds per step, coloured by topology; pictures before and after."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accel_hidiff.plot import OTHER_COLOUR, TOPOLOGY_COLOURS
+
+
+def before_and_after(sizes: list[tuple[str, list[list[Any]]]], captions: Sequence[str], path: Path) -> None:
+    """Joins pictures: two rows for each size, the model as it was and HiDiffusion, a column for each caption.
+
+    Args:
+        sizes: a name, then for each of the two rows the pictures, (height, width, 3), float in [0, 1].
+        captions: of the columns.
+        path: a PNG file.
+    """
+    import numpy
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap, head, font = 6, 22, ImageFont.load_default(13)
+    widths = [rows[0][0].shape[1] for _, rows in sizes]
+    heights = [rows[0][0].shape[0] for _, rows in sizes]
+    left, column = 110, max(widths) + gap
+    whole = Image.new("RGB", (left + column * len(captions), head + sum(2 * (h + gap) for h in heights)), "white")
+    pen = ImageDraw.Draw(whole)
+    for number, caption in enumerate(captions):
+        pen.text((left + number * column, 4), caption, fill="black", font=font)
+    top = head
+    for (name, rows), height in zip(sizes, heights, strict=True):
+        for label, row in zip(("as it was", "HiDiffusion"), rows, strict=True):
+            pen.multiline_text((4, top + height / 2 - 14), f"{name}\n{label}", fill="black", font=font)
+            for number, picture in enumerate(row):
+                pixels = (numpy.asarray(picture) * 255).round().astype("uint8")
+                whole.paste(Image.fromarray(pixels), (left + number * column, top))
+            top += height + gap
+    whole.save(path)
 
 
 def plot_steps(rows: list[dict[str, Any]], path: Path) -> None:

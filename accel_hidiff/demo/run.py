@@ -62,14 +62,22 @@ class DemoReport:
         return table
 
 
-def run_demo(out: Path, sizes: list[Size], steps: int, console: Console) -> DemoReport:
+# (height, width): four times the area that the trained model knows; and sizes at which the wider one's steps take time.
+_SIZES: tuple[Size, ...] = ((256, 256), (192, 320), (320, 192))
+_SIZES_OF_RANDOM: tuple[Size, ...] = ((512, 512), (384, 640), (640, 384))
+
+
+def run_demo(
+    out: Path, sizes: list[Size] | None, steps: int, console: Console, *, random_weights: bool = False
+) -> DemoReport:
     """Runs the demo; everything that it writes lies under `out`.
 
     Args:
         out: folder; an existing cache in it is removed, so that "cold" is cold.
-        sizes: (height, width) in pixels.
+        sizes: (height, width) in pixels; None: three of the model's.
         steps: denoising steps.
         console: for progress.
+        random_weights: take a wider model with random weights instead of the trained one.
 
     Raises:
         DemoFailed: one of the two processes failed; its own message is on stderr.
@@ -78,10 +86,14 @@ def run_demo(out: Path, sizes: list[Size], steps: int, console: Console) -> Demo
 
     from accel_hidiff.demo.model import save_model
     from accel_hidiff.demo.plot import plot_steps
+    from accel_hidiff.demo.trained import trained_model
 
     out.mkdir(parents=True, exist_ok=True)
-    console.print("building the demo model", highlight=False)
-    model, cache = save_model(out / "model"), out / "cache"
+    if random_weights:
+        console.print("building the model with random weights", highlight=False)
+    model = save_model(out / "model") if random_weights else trained_model()
+    cache = out / "cache"
+    sizes = sizes or list(_SIZES_OF_RANDOM if random_weights else _SIZES)
     shutil.rmtree(cache, ignore_errors=True)
 
     names = [f"{width}x{height}" for height, width in sizes]
@@ -96,9 +108,11 @@ def run_demo(out: Path, sizes: list[Size], steps: int, console: Console) -> Demo
     if done.returncode:
         raise DemoFailed(f"precompiling failed with exit code {done.returncode}; its message is above")
 
-    console.print("serving them in a new process, on_miss=error, and eager beside it", highlight=False)
+    beside = "eager" if random_weights else "eager and the model as it was"
+    console.print(f"serving them in a new process, on_miss=error, and {beside} beside it", highlight=False)
     settings, report = out / "serve.json", out / "served.json"
-    config = {"model": str(model), "cache": str(cache), "out": str(out), "report": str(report)}
+    config: dict[str, Any] = {"model": str(model), "cache": str(cache), "out": str(out), "report": str(report)}
+    config["before"] = not random_weights
     settings.write_text(json.dumps({**config, "sizes": sizes, "steps": steps, "started": time.time()}))
     served = subprocess.run([sys.executable, "-m", "accel_hidiff.demo.serve", str(settings)], check=False)
     if served.returncode:
@@ -109,6 +123,7 @@ def run_demo(out: Path, sizes: list[Size], steps: int, console: Console) -> Demo
     report.unlink()
     (out / "report.json").write_text(json.dumps(result.to_json(), indent=1))
     plot_steps(result.served["sizes"], out / "steps.png")
-    written = ["steps.png", "report.json", *(f"{name}.png" for name in names)]
+    shown = [] if random_weights else ["before-after.png"]
+    written = [*shown, "steps.png", "report.json", *(f"{name}.png" for name in names)]
     console.print(f"wrote {', '.join(written)} to {out}", highlight=False)
     return result

@@ -1,9 +1,9 @@
 """Drawn scenes with captions: what the demo model is trained on, and what its images are measured against.
 
 A scene is one object (some have two or three) that fills most of the canvas, on a background of soft texture. It is
-described in units of the canvas' shorter side, so that one scene can be drawn at any size of its aspect ratio: a picture
-above the training size is the same picture, larger. Everything comes from the random generator that is given; the same
-seed gives the same scenes and pixels.
+described in units of the canvas' shorter side, so that one scene can be drawn at any size of its aspect ratio: a
+picture above the training size is the same picture, larger. Everything comes from the random generator that is given;
+the same seed gives the same scenes and pixels.
 
 >>> scene = random_scene(numpy.random.default_rng(7))
 >>> draw(scene, 128, 128).shape
@@ -217,9 +217,7 @@ def caption(scene: Scene) -> str:
     if len(kinds) > 1 and len(set(kinds)) == 1:
         subject = f"{_NUMBERS[len(kinds)]} {kinds[0][1]} {_plural(kinds[0][0])}"
     else:
-        subject = " and ".join(
-            f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for shape, colour in kinds
-        )
+        subject = " and ".join(f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for shape, colour in kinds)
     return f"{subject} on {scene.background}"
 
 

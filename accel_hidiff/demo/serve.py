@@ -1,7 +1,8 @@
 """The serving half of the demo, run as a process of its own: `python -m accel_hidiff.demo.serve CONFIG.json`.
 
 Loads the demo model and the compile cache, and serves every size under `on_miss="error"`: what is not in the cache
-fails. Then the same requests run patched but eager, on a second pipeline, for comparison.
+fails. Then the same requests run patched but eager, on a second pipeline, for comparison; with the
+trained model, some captions are also drawn by the model as it was, beside what is served.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-_PROMPT = "a red circle on blue"
+_PROMPTS = ("a red house on grey", "a blue person on pink", "a green tree on yellow", "an orange fish on blue")
+_SCALE = 3.0  # of guidance
 _SEED = 0
 _ROUNDS = 2
 
@@ -23,9 +25,10 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from accel_hidiff import HiDiffusionConfig, accelerate, apply_hidiffusion
+    from accel_hidiff.demo.plot import before_and_after
     from accel_hidiff.models import load_pipeline
 
-    def request(pipe: Any, height: int, width: int) -> dict[str, Any]:
+    def request(pipe: Any, height: int, width: int, prompt: str = _PROMPTS[0]) -> dict[str, Any]:
         stamps: list[float] = []
 
         def stamp(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -34,10 +37,11 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
 
         began = time.perf_counter()
         image = pipe(
-            _PROMPT,
+            prompt,
             height=height,
             width=width,
             num_inference_steps=config["steps"],
+            guidance_scale=_SCALE,
             generator=torch.Generator().manual_seed(_SEED),
             callback_on_step_end=stamp,
             output_type="np",
@@ -58,6 +62,12 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
     first_image = time.time()
     eager = load_pipeline(config["model"], device="cpu")
     eager.set_progress_bar_config(disable=True)
+    if config["before"]:
+        pictures = []
+        for size in sizes:
+            rows = [[request(one, *size, prompt)["image"] for prompt in _PROMPTS] for one in (eager, pipe)]
+            pictures.append((f"{size[1]}x{size[0]}", rows))
+        before_and_after(pictures, _PROMPTS, Path(config["out"]) / "before-after.png")
     apply_hidiffusion(eager)
     rows = []
     for index, size in enumerate(sizes):

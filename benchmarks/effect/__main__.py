@@ -2,9 +2,9 @@
 
     python -m benchmarks.effect --out benchmarks/results/effect.json
 
-draws with the trained demo model (128x128) at its own size and above, in every way that is compared, reads each picture by
-plain rules (`reading.py`) and writes JSON, a Markdown table beside it and contact sheets. An interrupted run goes on where it
-stopped when it is started again with the same `--out` and the same model.
+draws with the trained demo model (128x128) at its own size and above, in every way that is compared, reads each picture
+by plain rules (`reading.py`) and writes JSON, a Markdown table beside it and contact sheets. An interrupted run goes on
+where it stopped when it is started again with the same `--out` and the same model.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from accel_hidiff.benching.facts import machine, versions
+from accel_hidiff.demo.scenes import draw
 from accel_hidiff.demo.trained import trained_model
 from accel_hidiff.demo.training.card import digests
 from accel_hidiff.models import load_pipeline
 from benchmarks.effect import drawing, report
-from benchmarks.effect.arms import SIZES, STEPS, cells
+from benchmarks.effect.arms import SIZES, STEPS, cells, kinds
+from benchmarks.effect.frechet import distance, features
+from benchmarks.effect.reading import read
 from benchmarks.harness import command_line, git_commit, write_whole
 
 
@@ -40,9 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     pipe.set_progress_bar_config(disable=True)
     record = _begun(options)
     reference = drawing.Reference(pipe.vae)
-    if "real" not in record["cells"]:
-        for name, row in _real(pipe.vae, reference, options.captions).items():
-            record["cells"][name] = row
+    if not any(row["table"] == "real" for row in record["cells"].values()):
+        record["cells"] |= _real(pipe.vae, reference, options.captions)
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary)
         for cell in cells(options.captions, options.large, options.swept):
@@ -79,7 +82,9 @@ def _begun(options: argparse.Namespace) -> dict[str, Any]:
     if options.out.is_file():
         record: dict[str, Any] = json.loads(options.out.read_text())
         if record["weights"] != weights:
-            raise SystemExit(f"{options.out}: expected results of these weights, found those of others; remove the file")
+            raise SystemExit(
+                f"{options.out}: expected results of these weights, found those of others; remove the file"
+            )
         return record
     options.out.parent.mkdir(parents=True, exist_ok=True)
     return {
@@ -95,26 +100,17 @@ def _begun(options: argparse.Namespace) -> dict[str, Any]:
 
 def _real(vae: Any, reference: drawing.Reference, count: int) -> dict[str, Any]:
     """What the rules make of drawn scenes, whose truth is known, and of the same through the autoencoder."""
-    from dataclasses import asdict
-
-    from benchmarks.effect.frechet import distance, features
-    from benchmarks.effect.reading import read
-
-    rows: dict[str, Any] = {"real": {}}
+    rows: dict[str, Any] = {}
     for size in SIZES:
-        images, readings = drawing.real(count, size, 1, 17)
-        decoded = drawing.through_autoencoder(vae, images)
-        kinds = drawing.kinds_of(count, size, 1, 17)
-        for arm, some, read_as in (
-            ("drawn", images, readings),
-            ("autoencoder", decoded, [read(image, kind) for image, kind in zip(decoded, kinds, strict=True)]),
-        ):
+        scenes = drawing.scenes(count, size, 17)
+        images = [draw(scene, size.height, size.width) for scene in scenes]
+        for arm, some in (("drawn", images), ("autoencoder", drawing.through_autoencoder(vae, images))):
             rows[f"real: {arm}, {size}"] = {
                 "table": "real",
                 "arm": arm,
                 "size": str(size),
                 "frechet": distance(features(vae, some), reference.of(size)),
-                "readings": [asdict(reading) for reading in read_as],
+                "readings": [asdict(read(image, kinds(scene))) for image, scene in zip(some, scenes, strict=True)],
             }
     return rows
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy
 
 import accel_hidiff as ah
-from accel_hidiff.demo.scenes import caption, captions, random_scene
+from accel_hidiff.demo.scenes import Scene, caption, captions, random_scene
 from benchmarks.effect.reading import Kind
 from benchmarks.harness import Size
 
@@ -22,7 +22,7 @@ TRAINED: Final = Size(128, 128)
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of drawing. `hidiffusion`: None draws with the model as it was; `lam`: CFG++ of this strength, else CFG."""
+    """One way of drawing. `hidiffusion` None: with the model as it was; `lam`: CFG++ of this strength, else CFG."""
 
     name: str
     hidiffusion: ah.HiDiffusionConfig | None = None
@@ -103,8 +103,7 @@ def several(count: int) -> tuple[Prompt, ...]:
     prompts = []
     for number in range(count):
         scene = random_scene(numpy.random.default_rng((77, number)), objects=2)
-        kinds = tuple((thing.shape, thing.colour) for thing in scene.things)
-        prompts.append(Prompt(caption(scene), kinds, 5000 + number))
+        prompts.append(Prompt(caption(scene), kinds(scene), 5000 + number))
     return tuple(prompts)
 
 
@@ -117,7 +116,12 @@ def cells(count: int, large: int, swept: int) -> list[Cell]:
     ]
     pairs = [Cell("two objects", arm, size, several(swept)) for size in SIZES[:3:2] for arm in (PLAIN, BOTH)]
     ratios = [
-        Cell("T1 and T2", Arm(f"T1 {t1:g}, T2 {t2:g}", ah.HiDiffusionConfig(t1_ratio=t1, t2_ratio=t2)), SIZES[2], single(swept))
+        Cell(
+            "T1 and T2",
+            Arm(f"T1 {t1:g}, T2 {t2:g}", ah.HiDiffusionConfig(t1_ratio=t1, t2_ratio=t2)),
+            SIZES[2],
+            single(swept),
+        )
         for t1, t2 in RATIOS
     ]
     guidance = []
@@ -127,6 +131,11 @@ def cells(count: int, large: int, swept: int) -> list[Cell]:
             guidance += [Cell("guidance", arm, size, single(swept)) for arm in arms]
     compiled = [Cell("compiled", arm, SIZES[2], single(swept)) for arm in (BOTH, COMPILED)]
     return [*main, *pairs, *ratios, *guidance, *compiled]
+
+
+def kinds(scene: Scene) -> tuple[Kind, ...]:
+    """What a scene shows."""
+    return tuple((thing.shape, thing.colour) for thing in scene.things)
 
 
 def _kind(text: str) -> Kind:

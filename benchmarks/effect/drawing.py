@@ -13,7 +13,8 @@ import numpy
 import torch
 from PIL import Image
 
-from accel_hidiff.demo.scenes import draw, random_scene
+from accel_hidiff.demo.scenes import Scene, draw, random_scene
+from accel_hidiff.demo.training.recipe import pixels
 from benchmarks.effect.arms import STEPS, Cell, Prompt
 from benchmarks.effect.frechet import distance, features
 from benchmarks.effect.reading import Pixels, Reading, read
@@ -43,21 +44,14 @@ def pictures(pipe: Any, prompts: Sequence[Prompt], size: Size, scale: float) -> 
     return drawn
 
 
-def real(count: int, size: Size, objects: int | None, seed: int) -> tuple[list[Pixels], list[Reading]]:
-    """Drawn scenes of a size, and what the rules read in them."""
-    images, readings = [], []
-    for number in range(count):
-        rng = numpy.random.default_rng((seed, number))
-        scene = random_scene(rng, aspect=size.width / size.height, objects=objects)
-        images.append(draw(scene, size.height, size.width))
-        readings.append(read(images[-1], [(thing.shape, thing.colour) for thing in scene.things]))
-    return images, readings
+def scenes(count: int, size: Size, seed: int) -> list[Scene]:
+    """Scenes with one object for canvases of a size."""
+    aspect = size.width / size.height
+    return [random_scene(numpy.random.default_rng((seed, number)), aspect=aspect, objects=1) for number in range(count)]
 
 
 def through_autoencoder(vae: Any, images: Sequence[Pixels]) -> list[Pixels]:
     """Pictures encoded and decoded: what the best of diffusion models could draw with this autoencoder."""
-    from accel_hidiff.demo.training.recipe import pixels
-
     decoded: list[Pixels] = []
     for start in range(0, len(images), 16):
         with torch.no_grad():
@@ -80,7 +74,8 @@ class Reference:
             # Squeezed to 128x128 anyway: drawn at the trained scale of this aspect ratio, which is as good and quicker.
             scale = 128 / min(size)
             small = Size(round(size.width * scale), round(size.height * scale))
-            self._known[size] = features(self.vae, real(_REAL, small, 1, 31)[0])
+            drawn = [draw(scene, small.height, small.width) for scene in scenes(_REAL, small, 31)]
+            self._known[size] = features(self.vae, drawn)
         return self._known[size]
 
 

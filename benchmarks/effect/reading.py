@@ -36,10 +36,10 @@ _TOUCHING: Final = numpy.ones((3, 3))
 class Reading:
     """One picture. Lengths are in units of the canvas' shorter side, areas in its square.
 
-    `objects` found and `wanted`; `extent` and `area` of the largest; `colours_right` and `shapes_right`: the objects found are
-    just those of the caption in that respect; `sharpness`: the 99.5th percentile of the difference in lightness of
-    neighbours, 0 to 1, at full size; `saturation`: mean of (max - min) over the channels of object pixels, 0 to 1;
-    `clipped`: share of all channel values at the very edge of what a file can hold.
+    `objects` found and `wanted`; `extent` and `area` of the largest; `colours_right` and `shapes_right`: the objects
+    found are just those of the caption in that respect; `sharpness`: the 99.5th percentile of the difference in
+    lightness of neighbours, 0 to 1, at full size; `saturation`: mean of (max - min) over the channels of object pixels,
+    0 to 1; `clipped`: share of all channel values at the very edge of what a file can hold.
     """
 
     objects: int
@@ -109,7 +109,9 @@ def _small(image: Pixels) -> Pixels:
     if scale == 1:
         return image
     size = (round(width * scale), round(height * scale))
-    return numpy.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC))
+    return numpy.asarray(
+        Image.fromarray(image).resize(size, Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC)
+    )
 
 
 @cache

@@ -11,7 +11,9 @@ _LABEL = 150  # pixels, left of a row
 _GAP = 4
 
 
-def sheet(rows: Sequence[tuple[str, Path]], columns: Sequence[str], width: int, side: tuple[int, int], out: Path) -> None:
+def sheet(
+    rows: Sequence[tuple[str, Path]], columns: Sequence[str], width: int, side: tuple[int, int], out: Path
+) -> None:
     """Join the strips that `drawing.kept` wrote.
 
     Args:

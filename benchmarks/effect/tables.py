@@ -50,9 +50,21 @@ def mean(values: Sequence[float], digits: int = 2) -> str:
     return f"{numpy.mean(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-_HEAD = (
-    "| size | model | pictures | several objects, % | one right object, % | count, % | colour, % | shape, % | scale, % | extent | Frechet "
-    "| sharpness | saturation | clipped, % |"
+_COLUMNS = (
+    "size",
+    "model",
+    "pictures",
+    "several, %",
+    "right, %",
+    "count, %",
+    "colour, %",
+    "shape, %",
+    "scale, %",
+    "extent",
+    "Frechet",
+    "sharpness",
+    "saturation",
+    "clipped, %",
 )
 
 
@@ -80,4 +92,5 @@ def row(record: dict[str, Any]) -> str:
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """A Markdown table."""
-    return "\n".join([_HEAD, "|" + " --- |" * 14, *map(row, records)])
+    head = "| " + " | ".join(_COLUMNS) + " |"
+    return "\n".join([head, "|" + " --- |" * len(_COLUMNS), *map(row, records)])

@@ -1,4 +1,4 @@
-"""Training of the autoencoder (a KL VAE, factor 8): absolute error of pixels and of their differences, and a weak prior.
+"""Training of the autoencoder (a KL VAE, factor 8): error of pixels and of their differences, and a weak prior.
 
 It sees crops of scenes at two scales. Nothing in it looks further than its convolutions do, so it serves every size.
 """
@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from accel_hidiff.demo.training.loop import Training
-from accel_hidiff.demo.training.start import start_as_identity
 from accel_hidiff.demo.training.recipe import AutoencoderRecipe, pixels, scene_of
+from accel_hidiff.demo.training.start import start_as_identity
 
 _CROP = 64  # pixels
 _CROPS_OF_ONE = 2

@@ -1,8 +1,8 @@
 """Training of the UNet, together with both text encoders, on latents of drawn scenes.
 
 As SDXL was, it is trained on canvases of several shapes. The numbers of SDXL's size conditioning (original and target
-size) are drawn at random, once, twice or four times the real ones, so that the model learns that they tell nothing: what
-it does above the training size then comes from its layers, not from an embedding that it never met.
+size) are drawn at random, once, twice or four times the real ones, so that the model learns that they tell nothing:
+what it does above the training size then comes from its layers, not from an embedding that it never met.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def train_diffusion(pipe: Any, recipe: DiffusionRecipe, folder: Path, device: to
 
 
 def samples(pipe: Any, seed: int, *, size: Size = (128, 128)) -> torch.Tensor:
-    """Images of captions spread over all of them: (16, 3, H, W) in [-1, 1]; the modules' modes are left as they were."""
+    """Images of captions spread over all of them: (16, 3, H, W) in [-1, 1]; modules keep their modes."""
     names = captions()
     prompts = [names[(number * 37 + 11) % len(names)] for number in range(_SAMPLES)]
     training = [module for module in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2) if module.training]
@@ -188,5 +188,3 @@ class _Tokens:
         one = self.pipe.text_encoder(first, output_hidden_states=True)
         two = self.pipe.text_encoder_2(second, output_hidden_states=True)
         return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1), two[0]
-
-

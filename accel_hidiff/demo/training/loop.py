@@ -94,7 +94,9 @@ class Training:
             ValueError: the folder holds a training with other settings.
         """
         parameters = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, self.rate, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            parameters, self.rate, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True
+        )
         mean = Average(parameters, self.average)
         step = self._restore(optimizer, mean)
         saved = began = time.monotonic()
