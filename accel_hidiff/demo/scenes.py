@@ -301,11 +301,13 @@ def _background(
 
 
 def _jittered(rng: numpy.random.Generator, colour: Colour) -> Colour:
-    return tuple(int(min(max(channel + rng.integers(-8, 9), 0), 255)) for channel in colour)  # type: ignore[return-value]
+    red, green, blue = (min(max(channel + int(rng.integers(-8, 9)), 0), 255) for channel in colour)
+    return red, green, blue
 
 
 def _scaled(colour: Colour, factor: float) -> Colour:
-    return tuple(round(channel * factor) for channel in colour)  # type: ignore[return-value]
+    red, green, blue = (round(channel * factor) for channel in colour)
+    return red, green, blue
 
 
 def _plural(shape: str) -> str:

@@ -64,9 +64,9 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
     eager.set_progress_bar_config(disable=True)
     if config["before"]:
         pictures = []
-        for size in sizes:
-            rows = [[request(one, *size, prompt)["image"] for prompt in _PROMPTS] for one in (eager, pipe)]
-            pictures.append((f"{size[1]}x{size[0]}", rows))
+        for height, width in sizes:
+            drawn = [[request(one, height, width, text)["image"] for text in _PROMPTS] for one in (eager, pipe)]
+            pictures.append((f"{width}x{height}", drawn))
         before_and_after(pictures, _PROMPTS, Path(config["out"]) / "before-after.png")
     apply_hidiffusion(eager)
     rows = []

@@ -46,8 +46,8 @@ Scenes that `accel_hidiff/demo/scenes.py` draws from a seed, at random places an
 - {len(COLOURS)} colours: {colours};
 - {len(BACKGROUNDS)} backgrounds: {backgrounds}.
 
-84 % of the scenes have one object, 12 % two, 4 % three; captions name them all ("an orange house on grey", "two red fish
-on blue"). Canvases: 128x128 (70 %), 160x96 and 96x160 (15 % each). No picture or text from elsewhere was used.
+84 % of the scenes have one object, 12 % two, 4 % three; captions name them all ("an orange house on grey", "two red
+fish on blue"). Canvases: 128x128 (70 %), 160x96 and 96x160 (15 % each). No picture or text from elsewhere was used.
 
 ## Recipe
 

@@ -1,0 +1,78 @@
+"""The rules that read pictures, held against drawn scenes; and the run that uses them, in small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from accel_hidiff.demo.scenes import Scene, Thing, draw, random_scene
+from benchmarks.effect import __main__ as effect
+from benchmarks.effect.arms import cells, kinds, several, single
+from benchmarks.effect.frechet import distance
+from benchmarks.effect.reading import read
+from benchmarks.effect.tables import wilson
+
+SIZES = [(128, 128), (96, 160), (256, 256), (192, 320), (512, 512)]
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_the_rules_are_right_about_drawn_scenes(height: int, width: int) -> None:
+    scenes = [random_scene(np.random.default_rng((3, number)), aspect=width / height) for number in range(100)]
+    readings = [read(draw(scene, height, width), kinds(scene)) for scene in scenes]
+    assert sum(reading.right for reading in readings) >= 99
+    ones = [reading for reading, scene in zip(readings, scenes, strict=True) if len(scene.things) == 1]
+    assert all(reading.scale_right for reading in ones)
+
+
+def test_what_is_wrong_is_read_as_wrong() -> None:
+    house = Thing("house", "red", (0.25, 0.5), 0.4)
+    twice = draw(Scene((house, Thing("house", "red", (0.75, 0.5), 0.4)), "grey", 1), 256, 256)
+    reading = read(twice, [("house", "red")])
+    assert reading.duplicated and not reading.right and not reading.scale_right
+    assert read(twice, [("house", "red")] * 2).right
+    once = draw(Scene((Thing("house", "red", (0.5, 0.5), 0.8),), "grey", 1), 256, 256)
+    assert read(once, [("house", "red")]).right
+    assert not read(once, [("house", "blue")]).colours_right
+    assert not read(once, [("fish", "red")]).shapes_right
+    nothing = read(np.full((128, 128, 3), 200, np.uint8), [("fish", "red")])
+    assert nothing.objects == 0 and not nothing.right
+    assert read(np.zeros((128, 128, 3), np.uint8), [("fish", "red")]).clipped == 1
+
+
+def test_frechet_distance_of_shifted_normals() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(4000, 4)), rng.normal(size=(4000, 4)) * 2 + 3
+    assert distance(one, one) == pytest.approx(0, abs=1e-6)
+    assert distance(one, other) == pytest.approx(4 * 9 + 4 * 1, rel=0.05)
+
+
+def test_wilson_holds_what_it_says() -> None:
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.3, 0.95):
+        held = [low <= share <= high for low, high in (wilson(hits, 100) for hits in rng.binomial(100, share, 2000))]
+        assert np.mean(held) > 0.92
+
+
+def test_cells_are_named_apart_and_captions_are_what_they_say() -> None:
+    names = [cell.name for cell in cells(4, 2, 3)]
+    assert len(names) == len(set(names))
+    assert len({prompt.text for prompt in single(240)}) == 240
+    assert all(len(prompt.kinds) == 2 for prompt in several(10))
+
+
+@pytest.mark.slow
+def test_a_small_run_is_whole_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "effect.json"
+    arguments = ["--out", str(out), "--captions", "2", "--large", "1", "--swept", "2", "--only", "guidance"]
+    assert effect.main(arguments) == 0
+    record = json.loads(out.read_text())
+    drawn = [row for row in record["cells"].values() if row["table"] == "guidance"]
+    assert len(drawn) == 20 and all(len(row["readings"]) == 2 for row in drawn)
+    assert "CFG++ 0.6" in out.with_suffix(".md").read_text()
+    assert (out.with_suffix("") / "guidance.png").stat().st_size > 1000
+    capsys.readouterr()
+    assert effect.main(arguments) == 0
+    assert capsys.readouterr().out == ""  # nothing was drawn again
