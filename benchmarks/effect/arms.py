@@ -109,11 +109,10 @@ def several(count: int) -> tuple[Prompt, ...]:
 
 def cells(count: int, large: int, swept: int) -> list[Cell]:
     """All cells: `count` captions in the main table, `large` at 512x512, `swept` in each sweep."""
-    main = [
-        Cell("scale", arm, size, single(count if size != LARGE else large))
-        for size in (*SIZES, LARGE)
-        for arm in (PLAIN, RAUNET, WINDOWS, BOTH)
-    ]
+    def scale(*sizes: Size) -> list[Cell]:
+        arms = (PLAIN, RAUNET, WINDOWS, BOTH)
+        return [Cell("scale", arm, size, single(large if size == LARGE else count)) for size in sizes for arm in arms]
+
     pairs = [Cell("two objects", arm, size, several(swept)) for size in SIZES[:3:2] for arm in (PLAIN, BOTH)]
     ratios = [
         Cell(
@@ -130,7 +129,10 @@ def cells(count: int, large: int, swept: int) -> list[Cell]:
             arms = (Arm(f"CFG {scale:g}", config, scale), Arm(f"CFG++ {lam:g}", config, 5.0, lam))
             guidance += [Cell("guidance", arm, size, single(swept)) for arm in arms]
     compiled = [Cell("compiled", arm, SIZES[2], single(swept)) for arm in (BOTH, COMPILED)]
-    return [*main, *pairs, *ratios, *guidance, *compiled]
+    # What tells most comes first: a run can be ended early.
+    first = (SIZES[2], SIZES[0])
+    rest = [size for size in SIZES if size not in first]
+    return [*scale(*first), *guidance, *scale(*rest), *ratios, *compiled, *pairs, *scale(LARGE)]
 
 
 def kinds(scene: Scene) -> tuple[Kind, ...]:

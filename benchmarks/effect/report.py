@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy
 
-from benchmarks.effect.arms import SIZES, STEPS, single
+from benchmarks.effect.arms import LARGE, SIZES, STEPS, single
 from benchmarks.effect.drawing import SHOWN, file_name, readings_of
 from benchmarks.effect.sheets import sheet
 from benchmarks.effect.tables import bootstrap, table, wilson
@@ -22,6 +22,7 @@ _TITLES: Final = {
     "compiled": "Eager and compiled",
 }
 _COLUMNS: Final = 8
+_SIZES: Final = [str(size) for size in (*SIZES, LARGE)]
 
 
 def write(record: dict[str, Any], out: Path, pictures: Path) -> None:
@@ -47,6 +48,7 @@ def _text(record: dict[str, Any]) -> str:
     ]
     for name, title in _TITLES.items():
         rows = [row for row in record["cells"].values() if row["table"] == name]
+        rows.sort(key=lambda row: _SIZES.index(row["size"]))
         if rows:
             parts.append(f"## {title}\n\n{table(rows)}\n")
     return "\n".join(parts)

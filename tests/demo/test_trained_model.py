@@ -1,0 +1,100 @@
+"""The trained model end to end: what ships is what the card says, and pictures are the golden ones, eager and compiled.
+
+Tolerances: rounding differs between machines and between eager and compiled code, and twelve steps amplify it. A
+picture may differ from the golden one by 0.01 in the mean and 0.1 in all but a thousandth of its values (of a range of
+1), and has to be read as the same objects.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import accel_hidiff as ah
+from accel_hidiff.demo import trained_model
+from accel_hidiff.demo.training.card import digests
+from benchmarks.effect.reading import read
+from compile_cache import CompileCache
+from tests.demo.golden import FOLDER, REQUESTS, STEPS, Request, eager, picture, pipeline
+from tests.needs import needs_aot
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return pipeline()
+
+
+def assert_golden(image: np.ndarray, request: Request) -> None:
+    golden = np.asarray(Image.open(FOLDER / f"{request.name}.png"))
+    difference = np.abs(image - golden / 255.0)
+    assert difference.mean() < 0.01 and np.quantile(difference, 0.999) < 0.1
+    pixels = (image * 255).round().astype(np.uint8)
+    assert read(pixels, request.kinds).objects == read(golden, request.kinds).objects
+
+
+def test_the_weights_are_the_cards() -> None:
+    card = (trained_model() / "README.md").read_text()
+    weights = digests(trained_model())
+    assert set(weights) == {
+        f"{part}/{name}.safetensors"
+        for part, name in (
+            ("unet", "diffusion_pytorch_model"),
+            ("vae", "diffusion_pytorch_model"),
+            ("text_encoder", "model"),
+            ("text_encoder_2", "model"),
+        )
+    }
+    assert all(digest in card for digest in weights.values())
+    assert sum(path.stat().st_size for path in trained_model().rglob("*") if path.is_file()) <= 25_000_000
+
+
+def test_it_is_recognized_as_sdxl(pipe: Any) -> None:
+    patch = ah.apply_hidiffusion(pipe)
+    try:
+        topologies = [str(phase.topology) for phase in patch.plan(256, 256, 50)]
+        assert topologies == ["windowed+dilated", "windowed+pooled", "windowed"]
+    finally:
+        ah.remove_hidiffusion(pipe)
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: request.name)
+def test_eager_draws_the_golden_pictures(pipe: Any, request_: Request) -> None:
+    assert_golden(eager(pipe, request_), request_)
+
+
+def test_the_golden_pictures_show_what_was_asked_for() -> None:
+    for request in REQUESTS:
+        assert read(np.asarray(Image.open(FOLDER / f"{request.name}.png")), request.kinds).right, request.name
+
+
+def test_another_picture_is_not_taken_for_golden(pipe: Any) -> None:
+    square, *_ = (request for request in REQUESTS if request.name == "square")
+    with pytest.raises(AssertionError):
+        assert_golden(picture(pipe, square), square)  # without HiDiffusion
+
+
+@needs_aot
+@pytest.mark.slow
+def test_compiled_draws_the_golden_pictures(pipe: Any, tmp_path: Path) -> None:
+    """One cache, filled for one size, serves all of them, with and without CFG++."""
+    cache = CompileCache(tmp_path)
+    first = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=cache)
+    first.precompile([(256, 256)], num_inference_steps=STEPS)
+    first.remove()
+    for request in REQUESTS:
+        if not request.hidiffusion:
+            continue
+        guidance = None if request.lam is None else ah.CFGPlusPlusConfig(scale=request.lam)
+        on_miss = "error" if request.lam is None else "compile"  # the step of CFG++ is compiled when it is first met
+        handle = ah.accelerate(
+            pipe, hidiffusion=ah.HiDiffusionConfig(), guidance=guidance, cache=cache, on_miss=on_miss
+        )
+        try:
+            assert_golden(picture(pipe, request), request)
+            assert handle.stats.eager_calls == 0
+        finally:
+            handle.remove()
