@@ -52,8 +52,8 @@ class DemoModelConfig:
     `transformer_layers` for the first level is kept for SDXL's sake: that level has no attention. `head_width` is the
     number of channels per attention head; the number of heads follows from the widths. `sample_size` is the latent side
     that diffusers takes when a request gives no size. `vae_channels` has four entries, which makes the factor
-    between pixels and latents 8; `vae_attention` is the self-attention in the middle of both of its halves. `words`
-    become one token each.
+    between pixels and latents 8; `vae_attention` is the self-attention in the middle of both of its halves. The
+    tokenizers merge the letters of `words`: a word becomes one token, or a few where it begins like another one.
 
     >>> DemoModelConfig().attention_heads
     (2, 4, 8)
