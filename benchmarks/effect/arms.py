@@ -109,7 +109,7 @@ def several(count: int) -> tuple[Prompt, ...]:
 
 def cells(count: int, large: int, swept: int) -> list[Cell]:
     """All cells: `count` captions in the main table, `large` at 512x512, `swept` in each sweep."""
-    def scale(*sizes: Size) -> list[Cell]:
+    def at(*sizes: Size) -> list[Cell]:
         arms = (PLAIN, RAUNET, WINDOWS, BOTH)
         return [Cell("scale", arm, size, single(large if size == LARGE else count)) for size in sizes for arm in arms]
 
@@ -132,7 +132,7 @@ def cells(count: int, large: int, swept: int) -> list[Cell]:
     # What tells most comes first: a run can be ended early.
     first = (SIZES[2], SIZES[0])
     rest = [size for size in SIZES if size not in first]
-    return [*scale(*first), *guidance, *scale(*rest), *ratios, *compiled, *pairs, *scale(LARGE)]
+    return [*at(*first), *guidance, *at(*rest), *ratios, *compiled, *pairs, *at(LARGE)]
 
 
 def kinds(scene: Scene) -> tuple[Kind, ...]:

@@ -84,5 +84,5 @@ def test_it_learns(tmp_path: Path) -> None:
         "layer", tmp_path, {"layer": layer}, loss_of, 200, 0.05, 10, {}, average=0.9, say=lambda _: None
     )
     training.run()
-    assert training.losses[0] > 0.3 and float(loss_of(1000)) < 1e-3
+    assert training.losses[0] > 0.3 and loss_of(1000).item() < 1e-3
     assert not layer.training

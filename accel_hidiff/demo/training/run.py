@@ -90,6 +90,10 @@ def _export(pipe: Any, target: Path, summary: dict[str, Any]) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     pipe.to("cpu", torch.float16)
     pipe.save_pretrained(part)
+    for name in ("text_encoder", "text_encoder_2"):
+        # transformers loads in the dtype that it finds here, diffusers in float32: the two have to agree.
+        config = part / name / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     (part / "README.md").write_text(card(summary, digests(part)), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
