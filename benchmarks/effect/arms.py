@@ -124,8 +124,8 @@ def cells(count: int, large: int, swept: int) -> list[Cell]:
         for t1, t2 in RATIOS
     ]
     guidance = []
-    for lam, scale in STRENGTHS:
-        for size, config in ((SIZES[0], None), (SIZES[2], ah.HiDiffusionConfig())):
+    for size, config in ((SIZES[0], None), (SIZES[2], ah.HiDiffusionConfig())):
+        for lam, scale in STRENGTHS:
             arms = (Arm(f"CFG {scale:g}", config, scale), Arm(f"CFG++ {lam:g}", config, 5.0, lam))
             guidance += [Cell("guidance", arm, size, single(swept)) for arm in arms]
     compiled = [Cell("compiled", arm, SIZES[2], single(swept)) for arm in (BOTH, COMPILED)]
