@@ -63,7 +63,7 @@ COMPILED: Final = Arm("HiDiffusion, compiled", ah.HiDiffusionConfig(), compiled=
 SIZES: Final = (Size(128, 128), Size(192, 176), Size(256, 256), Size(320, 192), Size(192, 320), Size(384, 256))
 LARGE: Final = Size(512, 512)
 RATIOS: Final = ((0.0, 0.0), (0.2, 0.16), (0.4, 0.0), (0.4, 0.4), (0.6, 0.16), (0.8, 0.16), (1.0, 0.16))
-# What the CFG++ paper compares (arXiv 2406.08070, table 1): lambda = w / 12.5 but for the first.
+# What the CFG++ paper compares (arXiv 2406.08070); lambda = w / 12.5 in three of the five.
 STRENGTHS: Final = ((0.2, 2.0), (0.4, 5.0), (0.6, 7.5), (0.8, 9.0), (1.0, 12.5))
 
 
@@ -109,6 +109,7 @@ def several(count: int) -> tuple[Prompt, ...]:
 
 def cells(count: int, large: int, swept: int) -> list[Cell]:
     """All cells: `count` captions in the main table, `large` at 512x512, `swept` in each sweep."""
+
     def at(*sizes: Size) -> list[Cell]:
         arms = (PLAIN, RAUNET, WINDOWS, BOTH)
         return [Cell("scale", arm, size, single(large if size == LARGE else count)) for size in sizes for arm in arms]
