@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from accel_hidiff.demo.training import loop, run
+from accel_hidiff.demo.training import autoencoder, diffusion, loop, run
 from accel_hidiff.demo.training.card import digests
 from accel_hidiff.demo.training.loop import Training
 from accel_hidiff.demo.training.recipe import AutoencoderRecipe, DiffusionRecipe
@@ -24,8 +25,18 @@ class Stopped(Exception):
     """The process ended here."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def brief() -> Iterator[None]:
+    """What is measured and drawn beside the training takes longer than three steps of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoencoder, "_SCALED_ON", 16)
+        patch.setattr(diffusion, "_SAMPLES", 8)
+        patch.setattr(diffusion, "_SAMPLE_STEPS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(brief: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run.train(tmp_path_factory.mktemp("whole"), autoencoder=FIRST, diffusion=SECOND).parent
 
 

@@ -18,6 +18,7 @@ from accel_hidiff.demo.training.loop import Training
 from accel_hidiff.demo.training.recipe import AutoencoderRecipe, pixels, scene_of
 from accel_hidiff.demo.training.start import start_as_identity
 
+_SCALED_ON = 256  # scenes whose latents the scaling factor is taken from
 _CROP = 64  # pixels
 _CROPS_OF_ONE = 2
 _SIDES = (128, 192, 256)
@@ -68,7 +69,7 @@ def train_autoencoder(vae: Any, recipe: AutoencoderRecipe, folder: Path, device:
     )
     training.run()
     with torch.no_grad():
-        images = pixels([scene_of(recipe.seed, _SCENES - 1 - number, (128, 128))[1] for number in range(256)])
+        images = pixels([scene_of(recipe.seed, _SCENES - 1 - number, (128, 128))[1] for number in range(_SCALED_ON)])
         latents = vae.encode(images.to(device)).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     return training

@@ -26,6 +26,7 @@ from accel_hidiff.demo.training.start import start_as_identity
 
 _ENCODED_AT_ONCE = 100
 _SAMPLES = 16
+_SAMPLE_STEPS = 20
 _SCALES = (1, 2, 4)
 
 
@@ -112,7 +113,7 @@ def samples(pipe: Any, seed: int, *, size: Size = (128, 128)) -> torch.Tensor:
         prompts,
         height=size[0],
         width=size[1],
-        num_inference_steps=20,
+        num_inference_steps=_SAMPLE_STEPS,
         guidance_scale=3.0,
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
