@@ -67,8 +67,11 @@ def test_eager_draws_the_golden_pictures(pipe: Any, request_: Request) -> None:
 
 
 def test_the_golden_pictures_show_what_was_asked_for() -> None:
+    """At four times the trained area shapes need not be right (benchmarks/effect counts how often); the rest is."""
     for request in REQUESTS:
-        assert read(np.asarray(Image.open(FOLDER / f"{request.name}.png")), request.kinds).right, request.name
+        reading = read(np.asarray(Image.open(FOLDER / f"{request.name}.png")), request.kinds)
+        assert reading.count_right and reading.colours_right, request.name
+        assert reading.shapes_right or request.hidiffusion, request.name
 
 
 def test_another_picture_is_not_taken_for_golden(pipe: Any) -> None:
