@@ -23,6 +23,8 @@ from PIL import Image, ImageDraw
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "DETAIL",
+    "SHADE",
     "SHAPES",
     "Scene",
     "Thing",
@@ -55,8 +57,8 @@ BACKGROUNDS: Final[dict[str, Colour]] = {
     "blue": (158, 200, 230),
     "grey": (168, 170, 174),
 }
-_DETAIL: Final[Colour] = (246, 240, 222)  # windows, eyes
-_SHADE: Final = 0.72  # of the object's colour: roofs, trunks
+DETAIL: Final[Colour] = (246, 240, 222)  # windows, eyes
+SHADE: Final = 0.72  # of the object's colour: roofs, trunks
 
 _ONE: Final = (0.66, 0.92)  # extent of a single object, in units of the shorter side
 _SEVERAL: Final = (0.78, 0.92)  # extent of one of several, in units of its cell
@@ -245,7 +247,7 @@ def draw(scene: Scene, height: int, width: int) -> numpy.ndarray[Any, numpy.dtyp
     picture = Image.fromarray(_background(rng, BACKGROUNDS[scene.background], height, width))
     for thing in scene.things:
         tint = _jittered(rng, COLOURS[thing.colour])
-        fills = {"main": tint, "shade": _scaled(tint, _SHADE), "detail": _DETAIL}
+        fills = {"main": tint, "shade": _scaled(tint, SHADE), "detail": DETAIL}
         for part in SHAPES[thing.shape]():
             _paint(picture, thing, part, fills[part[2]])
     return numpy.asarray(picture)

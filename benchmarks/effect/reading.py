@@ -17,7 +17,7 @@ import numpy
 from PIL import Image
 from scipy import ndimage
 
-from accel_hidiff.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, Thing, silhouette
+from accel_hidiff.demo.scenes import BACKGROUNDS, COLOURS, DETAIL, SHADE, SHAPES, Thing, silhouette
 
 Kind = tuple[str, str]  # shape and colour
 Pixels = numpy.ndarray[Any, numpy.dtype[numpy.uint8]]
@@ -26,8 +26,6 @@ Mask = numpy.ndarray[Any, numpy.dtype[numpy.bool_]]
 SIDE: Final = 128  # shorter side of what the rules look at, pixels
 SMALLEST: Final = 0.01  # of an object's area, in squares of the shorter side: a fifth of the smallest single object
 EXTENTS: Final = (0.6, 0.98)  # of single objects in the training data, 0.66 to 0.92, and what the rules may be wrong by
-_SHADE: Final = 0.72
-_DETAIL: Final = (246, 240, 222)
 _TEMPLATE: Final = 32
 _TOUCHING: Final = numpy.ones((3, 3))
 
@@ -118,8 +116,8 @@ def _small(image: Pixels) -> Pixels:
 def _palette() -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
     """The colours of scenes, (N, 3), and which object colour each is; -1 for backgrounds and details."""
     entries = [(colour, number) for number, colour in enumerate(COLOURS.values())]
-    entries += [(tuple(_SHADE * c for c in colour), number) for number, colour in enumerate(COLOURS.values())]
-    entries += [(colour, -1) for colour in (*BACKGROUNDS.values(), _DETAIL)]
+    entries += [(tuple(SHADE * c for c in colour), number) for number, colour in enumerate(COLOURS.values())]
+    entries += [(colour, -1) for colour in (*BACKGROUNDS.values(), DETAIL)]
     return numpy.array([colour for colour, _ in entries], numpy.float32), numpy.array([number for _, number in entries])
 
 

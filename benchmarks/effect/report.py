@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy
 
-from benchmarks.effect.arms import LARGE, SIZES, STEPS, single
+from benchmarks.effect.arms import LARGE, SIZES, single
 from benchmarks.effect.drawing import SHOWN, file_name, readings_of
 from benchmarks.effect.sheets import sheet
 from benchmarks.effect.tables import bootstrap, table, wilson
@@ -66,15 +66,6 @@ def _label(arm: str) -> str:
 
 def _slug(name: str) -> str:
     return name.replace(" ", "-").lower()
-
-
-def mean_weight(lam: float, scheduler: Any) -> float:
-    """The CFG weight that a lambda of CFG++ amounts to in the mean of a request's steps."""
-    import accel_hidiff as ah
-
-    scheduler.set_timesteps(STEPS)
-    weights = ah.equivalent_cfg_scale(lam, scheduler.sigmas)
-    return float(numpy.mean([weight for weight in weights if numpy.isfinite(weight)]))
 
 
 def _guidance(record: dict[str, Any], out: Path) -> None:
