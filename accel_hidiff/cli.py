@@ -25,6 +25,7 @@ from accel_hidiff.benching.options import Options as BenchOptions
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_steps
 from accel_hidiff.deploy import is_deploy_file, load_deployment, parse_size
 from accel_hidiff.errors import AccelHiDiffError, BadInput, BenchFailed, CompileFailed, PatchConflict
+from accel_hidiff.files import whole_file
 from accel_hidiff.precompiling.options import Options
 from accel_hidiff.schedule import running_steps
 from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey
@@ -197,9 +198,8 @@ def generate(
         arguments = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance_scale}
         image = pipe(prompt, generator=generator, **arguments).images[0]
         path = out / f"{width}x{height}.png"
-        partial = path.with_suffix(".part.png")
-        image.save(partial)
-        partial.replace(path)
+        with whole_file(path) as part:
+            image.save(part)
         written.append(str(path))
     if as_json:
         _print({"images": written, "stats": handle.stats.to_json()})

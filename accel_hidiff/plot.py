@@ -9,6 +9,7 @@ from typing import Any
 
 from accel_hidiff.errors import BadInput
 from accel_hidiff.families import Size
+from accel_hidiff.files import whole_file
 from accel_hidiff.patching import Patch
 from accel_hidiff.schedule import LATENT_CELL, PhasePlan, control_steps
 from accel_hidiff.sizes import block_sizes
@@ -51,9 +52,8 @@ def plot_plans(patch: Patch, sizes: Sequence[Size], num_steps: int, path: Path) 
     for panel, (size, plan) in zip(panels[:, 0], plans, strict=True):
         _draw(panel, patch, size, plan, blocks)
     try:
-        partial = path.with_suffix(".part.png")
-        figure.savefig(partial, dpi=110)
-        partial.replace(path)
+        with whole_file(path) as part:
+            figure.savefig(part, dpi=110, format="png")
     except OSError as problem:
         raise BadInput(f"--plot: expected a file that can be written, got {path}: {problem.strerror}") from None
     finally:

@@ -34,6 +34,7 @@ import accel_hidiff as ah
 from accel_hidiff.benching.facts import machine, versions
 from accel_hidiff.compiling.child import import_path
 from accel_hidiff.demo import build_pipeline, tiny_config
+from accel_hidiff.files import whole_file
 from accel_hidiff.topology import Topology
 from compile_cache.errors import one_line
 
@@ -382,10 +383,8 @@ class Report:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that whoever reads it finds all of it, or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def command_line() -> str:

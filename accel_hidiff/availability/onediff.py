@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from accel_hidiff.availability import nexfort_wheel, trial
 from accel_hidiff.config import NEXFORT_MODE, ONEDIFF_COMPILERS
+from accel_hidiff.files import whole_file
 
 _PACKAGES: Final = ("torch", "triton", "diffusers", "transformers", "huggingface-hub", "numpy", "onediff", "onediffx")
 _VARIABLES: Final = ("NEXFORT_", "ONEFLOW_", "ONEDIFF_", "TORCH", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
@@ -149,11 +150,5 @@ def _recalled(place: Path) -> Availability | None:
 
 
 def _remember(place: Path, found: Availability) -> None:
-    partial = place.with_suffix(f".{os.getpid()}.part")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(vars(found)), encoding="utf-8")
-        partial.replace(place)
-    except OSError:  # without a place to write to, it is tried again next time
-        with suppress(OSError):
-            partial.unlink()
+    with suppress(OSError), whole_file(place) as part:  # without a place to write to, it is tried again next time
+        part.write_text(json.dumps(vars(found)), encoding="utf-8")

@@ -19,6 +19,7 @@ from rich.text import Text
 from accel_hidiff.benching.names import REFERENCE
 from accel_hidiff.benching.options import Case, Options
 from accel_hidiff.doctor import Finding
+from accel_hidiff.files import whole_file
 
 
 @dataclass
@@ -170,12 +171,8 @@ class Report:
 
     def write(self, out: Path) -> None:
         """Writes the JSON to a file; nobody sees half of it."""
-        partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-        try:
-            partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(out) as part:
+            part.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     def table(self) -> Group:
         """Rows with figures; below them, what has none, with the reason."""

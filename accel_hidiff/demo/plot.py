@@ -9,34 +9,32 @@ from typing import Any
 from accel_hidiff.plot import OTHER_COLOUR, TOPOLOGY_COLOURS
 
 
-def before_and_after(sizes: list[tuple[str, list[list[Any]]]], captions: Sequence[str], path: Path) -> None:
-    """Joins pictures: two rows for each size, the model as it was and HiDiffusion, a column for each caption.
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Any]]], captions: Sequence[str]) -> Any:
+    """Joins pictures: a row for each way of drawing, a column for each caption.
 
     Args:
-        sizes: a name, then for each of the two rows the pictures, (height, width, 3), float in [0, 1].
-        captions: of the columns.
-        path: a PNG file.
+        rows: a label, which may have several lines, and its pictures (PIL), all of one size; rows may differ in size.
+        captions: of the columns; " on " starts a second line.
+
+    Returns:
+        One PIL picture.
     """
-    import numpy
     from PIL import Image, ImageDraw, ImageFont
 
-    gap, head, font = 6, 22, ImageFont.load_default(13)
-    widths = [rows[0][0].shape[1] for _, rows in sizes]
-    heights = [rows[0][0].shape[0] for _, rows in sizes]
-    left, column = 110, max(widths) + gap
-    whole = Image.new("RGB", (left + column * len(captions), head + sum(2 * (h + gap) for h in heights)), "white")
+    gap, head, left, font = 6, 38, 118, ImageFont.load_default(13)
+    column = max(pictures[0].width for _, pictures in rows) + gap
+    heights = [pictures[0].height + gap for _, pictures in rows]
+    whole = Image.new("RGB", (left + column * len(captions), head + sum(heights)), "white")
     pen = ImageDraw.Draw(whole)
     for number, caption in enumerate(captions):
-        pen.text((left + number * column, 4), caption, fill="black", font=font)
+        pen.multiline_text((left + number * column, 3), caption.replace(" on ", "\non "), fill="black", font=font)
     top = head
-    for (name, rows), height in zip(sizes, heights, strict=True):
-        for label, row in zip(("as it was", "HiDiffusion"), rows, strict=True):
-            pen.multiline_text((4, top + height / 2 - 14), f"{name}\n{label}", fill="black", font=font)
-            for number, picture in enumerate(row):
-                pixels = (numpy.asarray(picture) * 255).round().astype("uint8")
-                whole.paste(Image.fromarray(pixels), (left + number * column, top))
-            top += height + gap
-    whole.save(path)
+    for (label, pictures), height in zip(rows, heights, strict=True):
+        pen.multiline_text((4, top + height / 2 - 16), label, fill="black", font=font)
+        for number, picture in enumerate(pictures):
+            whole.paste(picture, (left + number * column, top))
+        top += height
+    return whole
 
 
 def plot_steps(rows: list[dict[str, Any]], path: Path) -> None:

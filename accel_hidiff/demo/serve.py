@@ -25,7 +25,7 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from accel_hidiff import HiDiffusionConfig, accelerate, apply_hidiffusion
-    from accel_hidiff.demo.plot import before_and_after
+    from accel_hidiff.demo.plot import contact_sheet
     from accel_hidiff.models import load_pipeline
 
     def request(pipe: Any, height: int, width: int, prompt: str = _PROMPTS[0]) -> dict[str, Any]:
@@ -63,11 +63,12 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
     eager = load_pipeline(config["model"], device="cpu")
     eager.set_progress_bar_config(disable=True)
     if config["before"]:
-        pictures = []
-        for height, width in sizes:
-            drawn = [[request(one, height, width, text)["image"] for text in _PROMPTS] for one in (eager, pipe)]
-            pictures.append((f"{width}x{height}", drawn))
-        before_and_after(pictures, _PROMPTS, Path(config["out"]) / "before-after.png")
+        pictures = [
+            (f"{width}x{height}\n{label}", [_picture(request(one, height, width, text)["image"]) for text in _PROMPTS])
+            for height, width in sizes
+            for label, one in (("as it was", eager), ("HiDiffusion,\ncompiled", pipe))
+        ]
+        contact_sheet(pictures, _PROMPTS).save(Path(config["out"]) / "before-after.png")
     apply_hidiffusion(eager)
     rows = []
     for index, size in enumerate(sizes):
@@ -76,7 +77,7 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
             runs["compiled"].append(request(pipe, *size))
             runs["eager"].append(request(eager, *size))
         compiled_image, eager_image = runs["compiled"][-1]["image"], runs["eager"][-1]["image"]
-        _save_png(compiled_image, Path(config["out"]) / f"{size[1]}x{size[0]}.png")
+        _picture(compiled_image).save(Path(config["out"]) / f"{size[1]}x{size[0]}.png")
         difference = abs(compiled_image - eager_image).max() / abs(eager_image).max()
         rows.append(
             {
@@ -105,10 +106,11 @@ def _fastest(runs: list[list[float]]) -> list[float]:
     return [min(times) for times in zip(*runs, strict=True)]
 
 
-def _save_png(image: Any, path: Path) -> None:
+def _picture(image: Any) -> Any:
+    """PIL's, of (height, width, 3) floats in [0, 1]."""
     from PIL import Image
 
-    Image.fromarray((image * 255).round().astype("uint8")).save(path)
+    return Image.fromarray((image * 255).round().astype("uint8"))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from accel_hidiff.demo.trained import trained_model
 from accel_hidiff.demo.training.card import digests
 from accel_hidiff.models import load_pipeline
 from benchmarks.effect import drawing, report
-from benchmarks.effect.arms import SIZES, STEPS, cells, kinds
+from benchmarks.effect.arms import SIZES, cells, kinds
 from benchmarks.effect.frechet import distance, features
 from benchmarks.effect.reading import read
 from benchmarks.harness import command_line, git_commit, write_whole
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         record["cells"] |= _real(pipe.vae, reference, options.captions)
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary)
-        for cell in cells(options.captions, options.large, options.swept):
+        for cell in cells(options.captions, options.large, options.swept, options.guided):
             if cell.name in record["cells"] or (options.only and cell.table not in options.only):
                 continue
             print(cell.name, end=" ", flush=True)
@@ -68,6 +68,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--captions", type=int, default=120, help="pictures of each cell of the main table")
     parser.add_argument("--large", type=int, default=40, help="pictures of each cell at 512x512")
     parser.add_argument("--swept", type=int, default=100, help="pictures of each cell of a sweep")
+    parser.add_argument("--guided", type=int, default=50, help="pictures of each cell of guidance, 50 steps each")
     parser.add_argument("--only", action="append", help="a table; repeatable")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as torch has them")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures of the sheets; default: beside --out")
@@ -92,7 +93,6 @@ def _begun(options: argparse.Namespace) -> dict[str, Any]:
         "commit": git_commit(),
         "machine": machine(),
         "versions": versions(),
-        "steps": STEPS,
         "weights": weights,
         "cells": {},
     }

@@ -16,6 +16,7 @@ from benchmarks.effect.reading import Kind
 from benchmarks.harness import Size
 
 STEPS: Final = 20
+MANY_STEPS: Final = 50  # of guidance's cells
 SCALE: Final = 3.0  # of guidance, unless a cell says otherwise
 TRAINED: Final = Size(128, 128)
 
@@ -63,7 +64,7 @@ COMPILED: Final = Arm("HiDiffusion, compiled", ah.HiDiffusionConfig(), compiled=
 SIZES: Final = (Size(128, 128), Size(192, 176), Size(256, 256), Size(320, 192), Size(192, 320), Size(384, 256))
 LARGE: Final = Size(512, 512)
 RATIOS: Final = ((0.0, 0.0), (0.2, 0.16), (0.4, 0.0), (0.4, 0.4), (0.6, 0.16), (0.8, 0.16), (1.0, 0.16))
-# What the CFG++ paper compares (arXiv 2406.08070); lambda = w / 12.5 in three of the five.
+# What the CFG++ paper compares, with 50 steps (arXiv 2406.08070, table 1). With fewer a lambda is worth less CFG.
 STRENGTHS: Final = ((0.2, 2.0), (0.4, 5.0), (0.6, 7.5), (0.8, 9.0), (1.0, 12.5))
 
 
@@ -84,6 +85,7 @@ class Cell:
     arm: Arm
     size: Size
     prompts: tuple[Prompt, ...]
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
@@ -107,8 +109,8 @@ def several(count: int) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def cells(count: int, large: int, swept: int) -> list[Cell]:
-    """All cells: `count` captions in the main table, `large` at 512x512, `swept` in each sweep."""
+def cells(count: int, large: int, swept: int, guided: int) -> list[Cell]:
+    """All cells: so many captions in the main table, at 512x512, in each sweep, and for each strength of guidance."""
 
     def at(*sizes: Size) -> list[Cell]:
         arms = (PLAIN, RAUNET, WINDOWS, BOTH)
@@ -128,7 +130,7 @@ def cells(count: int, large: int, swept: int) -> list[Cell]:
     for size, config in ((SIZES[0], None), (SIZES[2], ah.HiDiffusionConfig())):
         for lam, scale in STRENGTHS:
             arms = (Arm(f"CFG {scale:g}", config, scale), Arm(f"CFG++ {lam:g}", config, 5.0, lam))
-            guidance += [Cell("guidance", arm, size, single(swept)) for arm in arms]
+            guidance += [Cell("guidance", arm, size, single(guided), MANY_STEPS) for arm in arms]
     compiled = [Cell("compiled", arm, SIZES[2], single(swept)) for arm in (BOTH, COMPILED)]
     # What tells most comes first: a run can be ended early.
     first = (SIZES[2], SIZES[0])

@@ -13,9 +13,10 @@ import numpy
 import torch
 from PIL import Image
 
+import accel_hidiff as ah
 from accel_hidiff.demo.scenes import Scene, draw, random_scene
 from accel_hidiff.demo.training.recipe import pixels
-from benchmarks.effect.arms import STEPS, Cell, Prompt
+from benchmarks.effect.arms import Arm, Cell
 from benchmarks.effect.frechet import distance, features
 from benchmarks.effect.reading import Pixels, Reading, read
 from benchmarks.harness import Size
@@ -25,18 +26,19 @@ _PIXELS_AT_ONCE: Final = 8 * 256 * 256
 _REAL: Final = 1000  # scenes that a Frechet distance is measured against
 
 
-def pictures(pipe: Any, prompts: Sequence[Prompt], size: Size, scale: float) -> list[Pixels]:
-    """One picture for each prompt. A prompt's first noise depends on its own seed alone."""
+def pictures(pipe: Any, cell: Cell) -> list[Pixels]:
+    """One picture for each prompt of a cell. A prompt's first noise depends on its own seed alone."""
+    size = cell.size
     at_once = max(_PIXELS_AT_ONCE // (size.width * size.height), 1)
     drawn: list[Pixels] = []
-    for start in range(0, len(prompts), at_once):
-        some = prompts[start : start + at_once]
+    for start in range(0, len(cell.prompts), at_once):
+        some = cell.prompts[start : start + at_once]
         images = pipe(
             [prompt.text for prompt in some],
             height=size.height,
             width=size.width,
-            num_inference_steps=STEPS,
-            guidance_scale=scale,
+            num_inference_steps=cell.steps,
+            guidance_scale=cell.arm.scale,
             generator=[torch.Generator().manual_seed(prompt.seed) for prompt in some],
             output_type="np",
         ).images
@@ -83,7 +85,8 @@ def measured(cell: Cell, pipe: Any, reference: Reference, folder: Path, cache: P
     """Draw and read one cell; its first pictures are kept in `folder` for the contact sheets."""
     began = time.perf_counter()
     with cell.arm.on(pipe, cache):
-        images = pictures(pipe, cell.prompts, cell.size, cell.arm.scale)
+        images = pictures(pipe, cell)
+        weight = _mean_weight(pipe, cell.arm)
     seconds = time.perf_counter() - began
     readings = [read(image, prompt.kinds) for image, prompt in zip(images, cell.prompts, strict=True)]
     one_object = all(len(prompt.kinds) == 1 for prompt in cell.prompts)
@@ -95,11 +98,20 @@ def measured(cell: Cell, pipe: Any, reference: Reference, folder: Path, cache: P
         "hidiffusion": cell.arm.hidiffusion.to_json() if cell.arm.hidiffusion else None,
         "scale": None if cell.arm.lam is not None else cell.arm.scale,
         "lambda": cell.arm.lam,
+        "mean_weight": weight,
+        "steps": cell.steps,
         "size": str(cell.size),
         "seconds": round(seconds, 1),
         "frechet": apart,
         "readings": [asdict(reading) for reading in readings],
     }
+
+
+def _mean_weight(pipe: Any, arm: Arm) -> float:
+    """The CFG weight, of CFG++ the mean of those that take the same steps, in the request that has just been served."""
+    if arm.lam is None:
+        return arm.scale
+    return float(ah.equivalent_cfg_scale(arm.lam, pipe.scheduler.sigmas).mean())
 
 
 def kept(folder: Path, name: str, images: Sequence[Pixels]) -> None:

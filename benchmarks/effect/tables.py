@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy
 
@@ -47,7 +47,8 @@ def share(readings: Sequence[Reading], of: Callable[[Reading], bool]) -> str:
 def mean(values: Sequence[float], digits: int = 2) -> str:
     """A mean with its interval."""
     low, high = bootstrap(values)
-    return f"{numpy.mean(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    between = "-" if low >= 0 else " to "
+    return f"{numpy.mean(values):.{digits}f} ({low:.{digits}f}{between}{high:.{digits}f})"
 
 
 _COLUMNS = (
@@ -73,7 +74,7 @@ def row(record: dict[str, Any]) -> str:
     readings = readings_of(record)
     cells = [
         record["size"],
-        record["arm"],
+        _name(record),
         str(len(readings)),
         share(readings, lambda r: r.duplicated),
         share(readings, lambda r: r.right),
@@ -85,12 +86,46 @@ def row(record: dict[str, Any]) -> str:
         "" if record.get("frechet") is None else f"{record['frechet']:.2f}",
         mean([r.sharpness for r in readings]),
         mean([r.saturation for r in readings]),
-        f"{100 * numpy.mean([r.clipped for r in readings]):.2f}",
+        mean([100 * r.clipped for r in readings]),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """A Markdown table."""
-    head = "| " + " | ".join(_COLUMNS) + " |"
-    return "\n".join([head, "|" + " --- |" * len(_COLUMNS), *map(row, records)])
+    return "\n".join([*_head(_COLUMNS), *map(row, records)])
+
+
+_COMPARED: Final[dict[str, Callable[[Reading], float]]] = {
+    "several, points": lambda r: 100.0 * r.duplicated,
+    "right, points": lambda r: 100.0 * r.right,
+    "scale, points": lambda r: 100.0 * r.scale_right,
+    "sharpness": lambda r: r.sharpness,
+    "saturation": lambda r: r.saturation,
+    "clipped, points": lambda r: 100.0 * r.clipped,
+}
+
+
+def differences(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """A Markdown table of first less second, picture by picture: cells of the same captions and noise."""
+    lines = []
+    for one, other in pairs:
+        both = list(zip(readings_of(one), readings_of(other), strict=True))
+        cells = [one["size"], f"{_name(one)} - {_name(other)}"]
+        for name, of in _COMPARED.items():
+            cells.append(mean([of(a) - of(b) for a, b in both], 0 if name in _WHOLE else 3))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*_head(("size", "compared", *_COMPARED)), *lines])
+
+
+_WHOLE: Final = ("several, points", "right, points", "scale, points")
+
+
+def _name(record: dict[str, Any]) -> str:
+    """Of the way of drawing; with what CFG++ is worth in CFG, where it is on."""
+    name: str = record["arm"]
+    return name if record.get("lambda") is None else f"{name} (mean w {record['mean_weight']:.1f})"
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from accel_hidiff.demo.scenes import Scene, Thing, draw, random_scene
 from benchmarks.effect import __main__ as effect
+from benchmarks.effect import arms
 from benchmarks.effect.arms import cells, kinds, several, single
 from benchmarks.effect.frechet import distance
-from benchmarks.effect.reading import read
-from benchmarks.effect.tables import wilson
+from benchmarks.effect.reading import Reading, read
+from benchmarks.effect.tables import differences, wilson
 
 SIZES = [(128, 128), (96, 160), (256, 256), (192, 320), (512, 512)]
 
@@ -57,22 +60,40 @@ def test_wilson_holds_what_it_says() -> None:
 
 
 def test_cells_are_named_apart_and_captions_are_what_they_say() -> None:
-    names = [cell.name for cell in cells(4, 2, 3)]
+    names = [cell.name for cell in cells(4, 2, 3, 2)]
     assert len(names) == len(set(names))
     assert len({prompt.text for prompt in single(240)}) == 240
     assert all(len(prompt.kinds) == 2 for prompt in several(10))
 
 
+def row(arm: str, *readings: Reading) -> dict[str, Any]:
+    return {"arm": arm, "size": "8x8", "readings": [asdict(reading) for reading in readings]}
+
+
+def test_differences_are_taken_picture_by_picture() -> None:
+    pale = Reading(1, 1, 0.8, 0.4, True, True, 0.2, 0.3, 0.0)
+    vivid = replace(pale, saturation=0.8, objects=2)
+    lines = differences([(row("CFG", vivid, pale), row("CFG++", pale, pale))]).splitlines()
+    cells = dict(zip(lines[0].split(" | "), lines[2].split(" | "), strict=True))
+    assert cells["compared"] == "CFG - CFG++"
+    assert cells["several, points"] == "50 (0-100)" and cells["right, points"] == "-50 (-100 to 0)"
+    assert cells["saturation"] == "0.250 (0.000-0.500)"
+
+
 @pytest.mark.slow
-def test_a_small_run_is_whole_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_run_is_whole_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arms, "MANY_STEPS", 5)
     out = tmp_path / "effect.json"
-    arguments = ["--out", str(out), "--captions", "2", "--large", "1", "--swept", "2", "--only", "guidance"]
+    arguments = ["--out", str(out), "--captions", "2", "--large", "1", "--guided", "2", "--only", "guidance"]
     assert effect.main(arguments) == 0
     record = json.loads(out.read_text())
     drawn = [row for row in record["cells"].values() if row["table"] == "guidance"]
     assert len(drawn) == 20 and all(len(row["readings"]) == 2 for row in drawn)
-    assert "CFG++ 0.6" in out.with_suffix(".md").read_text()
-    assert (out.with_suffix("") / "guidance.png").stat().st_size > 1000
+    assert "CFG++ 0.6 (mean w " in out.with_suffix(".md").read_text()
+    written = {path.name for path in out.with_suffix("").glob("*.png")}
+    assert written == {"guidance.png", "guidance-128x128.png", "guidance-256x256.png"}
     capsys.readouterr()
     assert effect.main(arguments) == 0
     assert capsys.readouterr().out == ""  # nothing was drawn again

@@ -2,7 +2,8 @@
 
 Tolerances: rounding differs between machines and between eager and compiled code, and twelve steps amplify it. A
 picture may differ from the golden one by 0.01 in the mean and 0.1 in all but a thousandth of its values (of a range of
-1), and has to be read as the same objects.
+1); its structural similarity (Wang et al. 2004: what an eye would see, local contrast and structure) is at least 0.98;
+and it has to be read as the same objects.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from skimage.metrics import structural_similarity
 
 import accel_hidiff as ah
 from accel_hidiff.demo import trained_model
@@ -32,6 +34,7 @@ def assert_golden(image: np.ndarray, request: Request) -> None:
     golden = np.asarray(Image.open(FOLDER / f"{request.name}.png"))
     difference = np.abs(image - golden / 255.0)
     assert difference.mean() < 0.01 and np.quantile(difference, 0.999) < 0.1
+    assert structural_similarity(image, golden / 255.0, channel_axis=2, data_range=1.0) > 0.98
     pixels = (image * 255).round().astype(np.uint8)
     assert read(pixels, request.kinds).objects == read(golden, request.kinds).objects
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from accel_hidiff.demo.scenes import captions
 from accel_hidiff.demo.training.autoencoder import save_grid
-from accel_hidiff.demo.training.loop import Training, save_whole
+from accel_hidiff.demo.training.loop import Training
 from accel_hidiff.demo.training.recipe import CANVASES, DiffusionRecipe, Size, pixels, scene_of
 from accel_hidiff.demo.training.start import start_as_identity
+from accel_hidiff.files import whole_file
 
 _ENCODED_AT_ONCE = 100
 _SAMPLES = 16
@@ -135,8 +136,10 @@ def encoded_scenes(vae: Any, recipe: DiffusionRecipe, folder: Path, device: torc
         if not (path.is_file() and words.is_file()):
             seed = recipe.seed * 100 + number
             made = _encode(vae, seed, count, canvas, device)
-            save_whole(words, lambda part, made=made: part.write_text(json.dumps(made.captions)))  # type: ignore[misc]
-            save_whole(path, lambda part, made=made: save_file({"moments": made.moments}, part))  # type: ignore[misc]
+            with whole_file(words) as part:
+                part.write_text(json.dumps(made.captions))
+            with whole_file(path) as part:
+                save_file({"moments": made.moments}, part)
             print(f"encoded {count} scenes of {canvas[1]}x{canvas[0]}", flush=True)
         found.append(Encoded(canvas, load_file(path)["moments"], json.loads(words.read_text())))
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,18 +12,10 @@ from typing import Any
 
 import torch
 
+from accel_hidiff.files import whole_file
+
 _SAVE_EVERY_S = 120.0
 _SAY_EVERY = 50
-
-
-def save_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name beside it, then rename it: nobody finds half of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def learning_rate(step: int, steps: int, warm_up: int) -> float:
@@ -143,7 +134,8 @@ class Training:
             "losses": self.losses,
             "seconds": self.seconds,
         }
-        save_whole(self.folder / f"{self.name}.ckpt", lambda path: torch.save(state, path))
+        with whole_file(self.folder / f"{self.name}.ckpt") as part:
+            torch.save(state, part)
 
     def _restore(self, optimizer: torch.optim.Optimizer, mean: Average) -> int:
         path = self.folder / f"{self.name}.ckpt"

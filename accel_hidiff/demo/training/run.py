@@ -17,8 +17,9 @@ from accel_hidiff.demo.model import assemble
 from accel_hidiff.demo.training.autoencoder import train_autoencoder
 from accel_hidiff.demo.training.card import card, digests
 from accel_hidiff.demo.training.diffusion import train_diffusion
-from accel_hidiff.demo.training.loop import Training, save_whole
+from accel_hidiff.demo.training.loop import Training
 from accel_hidiff.demo.training.recipe import AutoencoderRecipe, DiffusionRecipe, model_config
+from accel_hidiff.files import whole_file
 
 
 def train(
@@ -51,7 +52,8 @@ def train(
     pipe.vae.requires_grad_(False)
     records.append(train_diffusion(pipe, second, out, where))
     summary = _summary(records, where, first, second)
-    save_whole(out / "training.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
+    with whole_file(out / "training.json") as part:
+        part.write_text(json.dumps(summary, indent=1) + "\n")
     _plot(records, out / "losses.png")
     return _export(pipe, out / "model", summary)
 
@@ -120,5 +122,6 @@ def _plot(records: list[Training], path: Path) -> None:
         panel.set_yscale("log")
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    save_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110)
     plt.close(figure)
