@@ -76,6 +76,6 @@ transformers {versions["transformers"]}, Python {versions["python"]}.
 ## Limits
 
 It knows its {len(SHAPES)} shapes and the words above; any other word is noise to it. It counts to three, not reliably.
-What it shows about scale need not carry over to large models in size, only in kind. Licence: as the project's
-(Apache-2.0).
+What it shows about scale need not carry over to large models in size, only in kind. It has no sibling in the layout
+of Stable Diffusion 1.5, which would take as long again to train. Licence: as the project's (Apache-2.0).
 """
