@@ -4,7 +4,7 @@
 
 About an hour on two CPU cores. An interrupted run goes on where it stopped when it is started again with the same
 folder. The result is `demo-training/model`, a diffusers folder with its card; the one that ships lies in
-`accel_hidiff/demo/trained`.
+`accel_hidiff/demo/trained_model`.
 """
 
 from __future__ import annotations

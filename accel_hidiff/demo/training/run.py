@@ -45,7 +45,7 @@ def train(
     first, second = autoencoder or AutoencoderRecipe(), diffusion or DiffusionRecipe()
     out.mkdir(parents=True, exist_ok=True)
     where = torch.device(device)
-    pipe = assemble(second.seed, model_config())
+    pipe = assemble(second.seed, model_config(second.prediction))
     for name in ("vae", "unet", "text_encoder", "text_encoder_2"):
         getattr(pipe, name).to(where)
     records = [train_autoencoder(pipe.vae, first, out, where)]
