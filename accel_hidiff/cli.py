@@ -24,7 +24,7 @@ from accel_hidiff.benching.names import BENCHED, PEERS
 from accel_hidiff.benching.options import Options as BenchOptions
 from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_steps
 from accel_hidiff.deploy import is_deploy_file, load_deployment, parse_size
-from accel_hidiff.errors import AccelHiDiffError, BadInput, BenchFailed, CompileFailed, PatchConflict
+from accel_hidiff.errors import AccelHiDiffError, BadInput, BenchFailed, CompileFailed, DemoFailed, PatchConflict
 from accel_hidiff.files import whole_file
 from accel_hidiff.precompiling.options import Options
 from accel_hidiff.schedule import running_steps
@@ -417,7 +417,7 @@ def _print(value: Any) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     bad_input = (AccelHiDiffError, CompileCacheError)
-    failed = (BenchFailed, CompileFailed, PatchConflict, RemoteError)
+    failed = (BenchFailed, CompileFailed, DemoFailed, PatchConflict, RemoteError)
     return run_app(app, "accel-hidiff", arguments, bad_input=bad_input, failed=failed)
 
 

@@ -45,6 +45,10 @@ class BenchFailed(AccelHiDiffError, RuntimeError):
     """A bench has nothing to run, or its reference does not run."""
 
 
+class DemoFailed(AccelHiDiffError, RuntimeError):
+    """A process of the demo failed."""
+
+
 def first_line(problem: BaseException) -> str:
     """Type and first line of an error; of the one that Dynamo wraps, where it does.
 

@@ -12,8 +12,9 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, with the same ending.
 
-    When the block ends well the file takes the place of `path`, whatever was there; when it does not, it is removed
-    and `path` stays as it was. A folder that is not there is made.
+    When the block ends well the file takes the place of `path`; when it does not, it is removed and `path` stays as it
+    was. A link stays and what it names is replaced; a folder that is not there is made; what is no file (a device, a
+    pipe) is written to itself.
 
     Raises:
         OSError: from making the folder or the exchange.
@@ -27,7 +28,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     >>> place.read_text(), [path.name for path in place.parent.iterdir()]
     ('{}', ['figures.json'])
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        yield path
+        return
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield part

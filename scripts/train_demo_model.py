@@ -30,11 +30,20 @@ def main(
     """Train the demo model."""
     if threads:
         torch.set_num_threads(threads)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        print(f"--device: expected one that torch has here, got {device} ({reason})", file=sys.stderr)
+        raise SystemExit(2) from None
     first, second = shortened(share) if share < 1 else (None, None)
     try:
         print(train(out, device=device, autoencoder=first, diffusion=second))
     except ValueError as error:
         print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(f"--out: expected a folder that can be written, got {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -13,13 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from accel_hidiff.errors import AccelHiDiffError
+from accel_hidiff.errors import BadInput, DemoFailed
 
 Size = tuple[int, int]
-
-
-class DemoFailed(AccelHiDiffError, RuntimeError):
-    """A process of the demo failed."""
 
 
 @dataclass(frozen=True)
@@ -73,28 +69,36 @@ def run_demo(
     """Runs the demo; everything that it writes lies under `out`.
 
     Args:
-        out: folder; an existing cache in it is removed, so that "cold" is cold.
+        out: folder; `demo-cache` in it is removed, so that "cold" is cold.
         sizes: (height, width) in pixels; None: three of the model's.
         steps: denoising steps.
         console: for progress.
         random_weights: take a wider model with random weights instead of the trained one.
 
     Raises:
+        BadInput: matplotlib is not installed, or `out` holds a model of another version.
         DemoFailed: one of the two processes failed; its own message is on stderr.
     """
+    import importlib.util
     import shutil
 
     from accel_hidiff.demo.model import save_model
     from accel_hidiff.demo.plot import plot_steps
     from accel_hidiff.demo.trained import trained_model
 
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("demo: expected matplotlib, got none here: pip install 'accel_hidiff[demo]'")
     out.mkdir(parents=True, exist_ok=True)
     if random_weights:
         console.print("building the model with random weights", highlight=False)
-    model = save_model(out / "model") if random_weights else trained_model()
-    cache = out / "cache"
+    try:
+        model = save_model(out / "model") if random_weights else trained_model()
+    except ValueError as problem:  # one of another version
+        raise BadInput(str(problem)) from None
+    cache = out / "demo-cache"
     sizes = sizes or list(_SIZES_OF_RANDOM if random_weights else _SIZES)
-    shutil.rmtree(cache, ignore_errors=True)
+    if cache.exists():
+        shutil.rmtree(cache)
 
     names = [f"{width}x{height}" for height, width in sizes]
     console.print(f"precompiling {', '.join(names)}", highlight=False)

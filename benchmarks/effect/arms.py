@@ -64,7 +64,8 @@ COMPILED: Final = Arm("HiDiffusion, compiled", ah.HiDiffusionConfig(), compiled=
 SIZES: Final = (Size(128, 128), Size(192, 176), Size(256, 256), Size(320, 192), Size(192, 320), Size(384, 256))
 LARGE: Final = Size(512, 512)
 RATIOS: Final = ((0.0, 0.0), (0.2, 0.16), (0.4, 0.0), (0.4, 0.4), (0.6, 0.16), (0.8, 0.16), (1.0, 0.16))
-# What the CFG++ paper compares, with 50 steps (arXiv 2406.08070, table 1). With fewer a lambda is worth less CFG.
+# (lambda, w) that the CFG++ paper compares over 50 steps (arXiv 2406.08070), where lambda is worth 12 lambda of CFG in
+# the mean of the steps; over fewer, less.
 STRENGTHS: Final = ((0.2, 2.0), (0.4, 5.0), (0.6, 7.5), (0.8, 9.0), (1.0, 12.5))
 
 
@@ -90,7 +91,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Unique among the cells."""
-        return f"{self.table}: {self.arm.name}, {self.size}, {len(self.prompts)}"
+        return f"{self.table}: {self.arm.name}, {self.size}, {self.steps} steps, {len(self.prompts)} pictures"
 
 
 def single(count: int) -> tuple[Prompt, ...]:
@@ -107,6 +108,14 @@ def several(count: int) -> tuple[Prompt, ...]:
         scene = random_scene(numpy.random.default_rng((77, number)), objects=2)
         prompts.append(Prompt(caption(scene), kinds(scene), 5000 + number))
     return tuple(prompts)
+
+
+def guidance_pairs(hidiffusion: ah.HiDiffusionConfig | None = None) -> list[tuple[Arm, Arm]]:
+    """CFG and CFG++ of each pair of STRENGTHS."""
+    return [
+        (Arm(f"CFG {scale:g}", hidiffusion, scale), Arm(f"CFG++ {lam:g}", hidiffusion, SCALE, lam))
+        for lam, scale in STRENGTHS
+    ]
 
 
 def cells(count: int, large: int, swept: int, guided: int) -> list[Cell]:
@@ -126,16 +135,22 @@ def cells(count: int, large: int, swept: int, guided: int) -> list[Cell]:
         )
         for t1, t2 in RATIOS
     ]
-    guidance = []
-    for size, config in ((SIZES[0], None), (SIZES[2], ah.HiDiffusionConfig())):
-        for lam, scale in STRENGTHS:
-            arms = (Arm(f"CFG {scale:g}", config, scale), Arm(f"CFG++ {lam:g}", config, 5.0, lam))
-            guidance += [Cell("guidance", arm, size, single(guided), MANY_STEPS) for arm in arms]
+    guidance = [
+        Cell("guidance", arm, size, single(guided), MANY_STEPS)
+        for size, config in ((SIZES[0], None), (SIZES[2], ah.HiDiffusionConfig()))
+        for pair in guidance_pairs(config)
+        for arm in pair
+    ]
     compiled = [Cell("compiled", arm, SIZES[2], single(swept)) for arm in (BOTH, COMPILED)]
     # What tells most comes first: a run can be ended early.
     first = (SIZES[2], SIZES[0])
     rest = [size for size in SIZES if size not in first]
     return [*at(*first), *guidance, *at(*rest), *ratios, *compiled, *pairs, *at(LARGE)]
+
+
+def tables() -> tuple[str, ...]:
+    """The names of the tables that cells belong to."""
+    return tuple(dict.fromkeys(cell.table for cell in cells(1, 1, 1, 1)))
 
 
 def kinds(scene: Scene) -> tuple[Kind, ...]:

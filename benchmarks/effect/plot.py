@@ -1,4 +1,4 @@
-"""The plot of guidance: what CFG and CFG++ of the same strength do to colours and to what is drawn."""
+"""The plot of guidance: what CFG and CFG++ over their strength do to colours and to what is drawn."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Point = tuple[float, float, float]  # a mean or a share, and its 95 % interval
 _COLOURS: Final = {"CFG": "#d62728", "CFG++": "#1f77b4"}
 
 
-def plot_guidance(rows: Sequence[dict[str, Any]], real: dict[str, dict[str, Any]], out: Path) -> None:
+def plot_guidance(rows: Sequence[dict[str, Any]], real: Sequence[dict[str, Any]], out: Path) -> None:
     """Draw saturation, clipped values and right pictures over the mean CFG weight, one column for each size.
 
     Args:
         rows: cells of the table of guidance, smaller sizes first.
-        real: by size, the cell of drawn scenes.
+        real: the cells of drawn scenes.
         out: PNG file.
     """
     import matplotlib
@@ -29,15 +29,16 @@ def plot_guidance(rows: Sequence[dict[str, Any]], real: dict[str, dict[str, Any]
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    sizes = list(dict.fromkeys((row["size"], len(row["readings"])) for row in rows))
     measures = {"saturation of objects": _saturation, "clipped values, %": _clipped, "one right object": _right}
     figure, panels = plt.subplots(
         len(measures), len(sizes), figsize=(4.4 * len(sizes), 8), squeeze=False, sharex=True, sharey="row"
     )
-    for column, size in zip(panels.T, sizes, strict=True):
+    for column, (size, count) in zip(panels.T, sizes, strict=True):
+        alike = [row for row in rows if row["size"] == size and len(row["readings"]) == count]
         for panel, measure in zip(column, measures.values(), strict=True):
             for kind, colour in _COLOURS.items():
-                some = [row for row in rows if row["size"] == size and (row["lambda"] is not None) == (kind == "CFG++")]
+                some = [row for row in alike if (row["lambda"] is not None) == (kind == "CFG++")]
                 points = [measure(readings_of(row)) for row in some]
                 panel.errorbar(
                     [row["mean_weight"] for row in some],
@@ -50,10 +51,10 @@ def plot_guidance(rows: Sequence[dict[str, Any]], real: dict[str, dict[str, Any]
                     label=kind,
                 )
             panel.spines[["top", "right"]].set_visible(False)
-        if size in real:
-            level, *_ = _saturation(readings_of(real[size]))
+        for row in [row for row in real if row["size"] == size][:1]:
+            level, *_ = _saturation(readings_of(row))
             column[0].axhline(level, color="#888888", linewidth=0.8, linestyle=":", label="drawn scenes")
-        column[0].set_title(size)
+        column[0].set_title(f"{size}, {count} pictures each")
         column[-1].set_xlabel("CFG weight; of CFG++ the mean that it is worth")
     for panel, name in zip(panels[:, 0], measures, strict=True):
         panel.set_ylabel(name)
@@ -64,7 +65,7 @@ def plot_guidance(rows: Sequence[dict[str, Any]], real: dict[str, dict[str, Any]
 
 
 def _saturation(readings: Sequence[Reading]) -> Point:
-    return _mean([reading.saturation for reading in readings])
+    return _mean([reading.saturation for reading in readings if reading.objects])
 
 
 def _clipped(readings: Sequence[Reading]) -> Point:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.effect.arms import LARGE, SIZES, single
+from benchmarks.effect.arms import BOTH, COMPILED, LARGE, PLAIN, RAUNET, SIZES, WINDOWS, guidance_pairs, single
 from benchmarks.effect.drawing import file_name
 from benchmarks.effect.plot import plot_guidance
 from benchmarks.effect.sheets import sheet
@@ -21,6 +21,12 @@ _TITLES: Final = {
     "T1 and T2": "When RAU-Net ends (shares of the steps)",
     "guidance": "CFG and CFG++",
     "compiled": "Eager and compiled",
+}
+_COMPARED: Final = {
+    "scale": [(arm.name, PLAIN.name) for arm in (RAUNET, WINDOWS, BOTH)] + [(BOTH.name, RAUNET.name)],
+    "two objects": [(BOTH.name, PLAIN.name)],
+    "guidance": [(cfg.name, cfgpp.name) for cfg, cfgpp in guidance_pairs()],
+    "compiled": [(COMPILED.name, BOTH.name)],
 }
 _COLUMNS: Final = 8
 _SIZES: Final = [str(size) for size in (*SIZES, LARGE)]
@@ -36,8 +42,8 @@ def write(record: dict[str, Any], out: Path, pictures: Path) -> None:
             _sheets(record, name, folder, pictures)
     guidance = _rows(record, "guidance")
     if guidance:
-        real = {row["size"]: row for row in _rows(record, "real") if row["arm"] == "drawn"}
-        plot_guidance(guidance, real, folder / "guidance.png")
+        drawn = [row for row in _rows(record, "real") if row["arm"] == "drawn"]
+        plot_guidance(guidance, drawn, folder / "guidance.png")
 
 
 def _rows(record: dict[str, Any], table_name: str) -> list[dict[str, Any]]:
@@ -58,8 +64,10 @@ def _sheets(record: dict[str, Any], table_name: str, folder: Path, pictures: Pat
 
 def _text(record: dict[str, Any]) -> str:
     parts = [
-        f"`{record['command']}`; shares and means with intervals at 95 %. Columns are explained in "
-        "`benchmarks/effect/reading.py`; lengths are in units of the canvas' shorter side.\n"
+        "Shares and means with intervals at 95 %. Columns are explained in `benchmarks/effect/reading.py`; lengths are "
+        "in units of the canvas' shorter side, areas in its square. A Frechet distance depends on the number of "
+        "pictures: compare it with that of as many drawn scenes, in the first table. The runs:\n",
+        "\n".join(f"- `{run['command']}`" for run in record["runs"]) + "\n",
     ]
     for name, title in _TITLES.items():
         rows = _rows(record, name)
@@ -72,10 +80,14 @@ def _text(record: dict[str, Any]) -> str:
 
 
 def _pairs(name: str, rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Which cells of a table, sorted by size, are compared picture by picture."""
-    if name == "guidance":  # CFG and CFG++ at the pairs of STRENGTHS
-        return list(zip(rows[::2], rows[1::2], strict=False))
-    if name in ("scale", "two objects", "compiled"):  # each with the first of its size
-        first: dict[str, dict[str, Any]] = {}
-        return [(row, base) for row in rows if (base := first.setdefault(row["size"], row)) is not row]
-    return []
+    """Which cells of a table are compared picture by picture: of one size, number of steps, and captions."""
+    pairs = []
+    for _, some in itertools.groupby(sorted(rows, key=_alike), key=_alike):
+        by_arm = {row["arm"]: row for row in some}
+        pairs += [(by_arm[one], by_arm[base]) for one, base in _COMPARED.get(name, ()) if {one, base} <= set(by_arm)]
+    return pairs
+
+
+def _alike(row: dict[str, Any]) -> tuple[int, int, int]:
+    """What cells have in common whose pictures can be compared one by one."""
+    return _SIZES.index(row["size"]), len(row["readings"]), row.get("steps", 0)

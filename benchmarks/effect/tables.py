@@ -38,14 +38,18 @@ def bootstrap(values: Sequence[float], rounds: int = 2000) -> tuple[float, float
 
 
 def share(readings: Sequence[Reading], of: Callable[[Reading], bool]) -> str:
-    """A share in percent with its interval."""
+    """A share in percent with its interval; of nothing, nothing."""
+    if not readings:
+        return ""
     hits = sum(map(of, readings))
     low, high = wilson(hits, len(readings))
     return f"{100 * hits / len(readings):.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def mean(values: Sequence[float], digits: int = 2) -> str:
-    """A mean with its interval."""
+    """A mean with its interval; of nothing, nothing."""
+    if not len(values):
+        return ""
     low, high = bootstrap(values)
     between = "-" if low >= 0 else " to "
     return f"{numpy.mean(values):.{digits}f} ({low:.{digits}f}{between}{high:.{digits}f})"
@@ -56,12 +60,13 @@ _COLUMNS = (
     "model",
     "pictures",
     "several, %",
-    "right, %",
+    "one right, %",
     "count, %",
-    "colour, %",
-    "shape, %",
+    "of these colour, %",
+    "of these shape, %",
     "scale, %",
     "extent",
+    "area",
     "Frechet",
     "sharpness",
     "saturation",
@@ -70,8 +75,11 @@ _COLUMNS = (
 
 
 def row(record: dict[str, Any]) -> str:
-    """One cell as a row of a table."""
+    """One cell as a row of a table. Colour and shape are looked at where the number is right; lengths, areas and
+    saturation where there is an object."""
     readings = readings_of(record)
+    counted = [r for r in readings if r.count_right]
+    found = [r for r in readings if r.objects]
     cells = [
         record["size"],
         _name(record),
@@ -79,13 +87,14 @@ def row(record: dict[str, Any]) -> str:
         share(readings, lambda r: r.duplicated),
         share(readings, lambda r: r.right),
         share(readings, lambda r: r.count_right),
-        share(readings, lambda r: r.colours_right),
-        share(readings, lambda r: r.shapes_right),
+        share(counted, lambda r: r.colours_right),
+        share(counted, lambda r: r.shapes_right),
         share(readings, lambda r: r.scale_right),
-        mean([r.extent for r in readings]),
+        mean([r.extent for r in found]),
+        mean([r.area for r in found]),
         "" if record.get("frechet") is None else f"{record['frechet']:.2f}",
         mean([r.sharpness for r in readings]),
-        mean([r.saturation for r in readings]),
+        mean([r.saturation for r in found]),
         mean([100 * r.clipped for r in readings]),
     ]
     return "| " + " | ".join(cells) + " |"
@@ -96,29 +105,33 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*_head(_COLUMNS), *map(row, records)])
 
 
-_COMPARED: Final[dict[str, Callable[[Reading], float]]] = {
-    "several, points": lambda r: 100.0 * r.duplicated,
-    "right, points": lambda r: 100.0 * r.right,
-    "scale, points": lambda r: 100.0 * r.scale_right,
-    "sharpness": lambda r: r.sharpness,
-    "saturation": lambda r: r.saturation,
-    "clipped, points": lambda r: 100.0 * r.clipped,
+_Measure = Callable[[Reading], float]
+_COMPARED: Final[dict[str, tuple[_Measure, int]]] = {  # with the digits that are shown
+    "several, points": (lambda r: 100.0 * r.duplicated, 0),
+    "right, points": (lambda r: 100.0 * r.right, 0),
+    "scale, points": (lambda r: 100.0 * r.scale_right, 0),
+    "extent": (lambda r: r.extent, 3),
+    "sharpness": (lambda r: r.sharpness, 3),
+    "saturation": (lambda r: r.saturation, 3),
+    "clipped, points": (lambda r: 100.0 * r.clipped, 2),
 }
 
 
 def differences(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """A Markdown table of first less second, picture by picture: cells of the same captions and noise."""
+    """A Markdown table of first less second, picture by picture: cells of the same captions and noise.
+
+    Pictures in which either way of drawing shows no object count for the shares, not for the means.
+    """
     lines = []
     for one, other in pairs:
         both = list(zip(readings_of(one), readings_of(other), strict=True))
-        cells = [one["size"], f"{_name(one)} - {_name(other)}"]
-        for name, of in _COMPARED.items():
-            cells.append(mean([of(a) - of(b) for a, b in both], 0 if name in _WHOLE else 3))
+        found = [pair for pair in both if pair[0].objects and pair[1].objects]
+        cells = [one["size"], f"{_name(one)} - {_name(other)}", str(len(both))]
+        for name, (of, digits) in _COMPARED.items():
+            some = both if name.endswith("points") else found
+            cells.append(mean([of(a) - of(b) for a, b in some], digits))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*_head(("size", "compared", *_COMPARED)), *lines])
-
-
-_WHOLE: Final = ("several, points", "right, points", "scale, points")
+    return "\n".join([*_head(("size", "compared", "pictures", *_COMPARED)), *lines])
 
 
 def _name(record: dict[str, Any]) -> str:

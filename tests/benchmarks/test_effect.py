@@ -12,7 +12,7 @@ import pytest
 
 from accel_hidiff.demo.scenes import Scene, Thing, draw, random_scene
 from benchmarks.effect import __main__ as effect
-from benchmarks.effect import arms
+from benchmarks.effect import arms, drawing
 from benchmarks.effect.arms import cells, kinds, several, single
 from benchmarks.effect.frechet import distance
 from benchmarks.effect.reading import Reading, read
@@ -80,20 +80,71 @@ def test_differences_are_taken_picture_by_picture() -> None:
     assert cells["saturation"] == "0.250 (0.000-0.500)"
 
 
+def test_a_record_of_other_weights_or_of_another_version_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "effect.json"
+    for record, message in (
+        ({"version": drawing.VERSION, "weights": {}, "runs": [], "cells": {}}, "results of these weights"),
+        ({"version": 0}, "version"),
+        ({}, "a record of benchmarks.effect"),
+    ):
+        out.write_text(json.dumps(record))
+        with pytest.raises(SystemExit, match="2"):
+            effect.main(["--out", str(out)])
+        assert message in capsys.readouterr().err and json.loads(out.read_text()) == record
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "effect.md"], "ends with .json"),
+        (["--out", "effect.json", "--large", "1"], "2 or more pictures"),
+        (["--out", "effect.json", "--only", "scales"], "invalid choice"),
+        (["--out", "/proc/effect.json"], "/proc"),
+        (["--out", "nowhere.json", "--render"], "nowhere.json"),
+        (["--out", "effect.json", "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        effect.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_a_small_run_is_whole_and_goes_on(
+def test_a_small_run_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(arms, "MANY_STEPS", 5)
     out = tmp_path / "effect.json"
-    arguments = ["--out", str(out), "--captions", "2", "--large", "1", "--guided", "2", "--only", "guidance"]
+    arguments = ["--out", str(out), "--captions", "2", "--large", "2", "--guided", "2", "--only", "guidance"]
+    measured, begun = drawing.measured, []
+
+    def interrupted(cell: Any, *rest: Any) -> dict[str, Any]:
+        begun.append(cell.name)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return measured(cell, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(drawing, "measured", interrupted)
+        effect.main(arguments)
+    assert [name for name in json.loads(out.read_text())["cells"] if "real" not in name] == begun[:3]
+    capsys.readouterr()
     assert effect.main(arguments) == 0
+    assert begun[3] in (printed := capsys.readouterr().out) and not any(name in printed for name in begun[:3])
     record = json.loads(out.read_text())
     drawn = [row for row in record["cells"].values() if row["table"] == "guidance"]
     assert len(drawn) == 20 and all(len(row["readings"]) == 2 for row in drawn)
-    assert "CFG++ 0.6 (mean w " in out.with_suffix(".md").read_text()
+    assert len(record["runs"]) == 1 and {row["run"] for row in drawn} == {0}  # the same command of the same commit
+    text = out.with_suffix(".md").read_text()
+    assert "CFG++ 0.6 (mean w " in text and text.count("| CFG 7.5 - CFG++ 0.6") == 2
     written = {path.name for path in out.with_suffix("").glob("*.png")}
     assert written == {"guidance.png", "guidance-128x128.png", "guidance-256x256.png"}
-    capsys.readouterr()
+    before = out.read_text()
     assert effect.main(arguments) == 0
-    assert capsys.readouterr().out == ""  # nothing was drawn again
+    assert capsys.readouterr().out == "" and out.read_text() == before  # nothing was drawn again

@@ -8,6 +8,8 @@ and it has to be read as the same objects.
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 import accel_hidiff as ah
+from accel_hidiff.cli import run
 from accel_hidiff.demo import trained_model
+from accel_hidiff.demo.serve import serve
 from accel_hidiff.demo.training.card import digests
 from benchmarks.effect.reading import read
 from compile_cache import CompileCache
@@ -35,8 +39,12 @@ def assert_golden(image: np.ndarray, request: Request) -> None:
     difference = np.abs(image - golden / 255.0)
     assert difference.mean() < 0.01 and np.quantile(difference, 0.999) < 0.1
     assert structural_similarity(image, golden / 255.0, channel_axis=2, data_range=1.0) > 0.98
-    pixels = (image * 255).round().astype(np.uint8)
-    assert read(pixels, request.kinds).objects == read(golden, request.kinds).objects
+    seen, known = (read(pixels, request.kinds) for pixels in ((image * 255).round().astype(np.uint8), golden))
+    assert (seen.objects, seen.colours_right, seen.shapes_right) == (
+        known.objects,
+        known.colours_right,
+        known.shapes_right,
+    )
 
 
 def test_the_weights_are_the_cards() -> None:
@@ -77,20 +85,44 @@ def test_the_golden_pictures_show_what_was_asked_for() -> None:
         assert reading.shapes_right or request.hidiffusion, request.name
 
 
-def test_another_picture_is_not_taken_for_golden(pipe: Any) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        ah.HiDiffusionConfig(windowed=False),
+        ah.HiDiffusionConfig(t1_ratio=0.5, t2_ratio=0.5),
+        ah.HiDiffusionConfig(t2_ratio=0.25),
+    ],
+    ids=["none", "no windows", "RAU-Net twice as long", "two steps too long"],
+)
+def test_another_picture_is_not_taken_for_golden(pipe: Any, config: ah.HiDiffusionConfig | None) -> None:
+    """The comparison can fail: a wrong phase or missing windows are far outside of the tolerance."""
     square, *_ = (request for request in REQUESTS if request.name == "square")
-    with pytest.raises(AssertionError):
-        assert_golden(picture(pipe, square), square)  # without HiDiffusion
+    if config is not None:
+        ah.apply_hidiffusion(pipe, config=config)
+    try:
+        with pytest.raises(AssertionError):
+            assert_golden(picture(pipe, square), square)
+    finally:
+        if config is not None:
+            ah.remove_hidiffusion(pipe)
+
+
+@pytest.fixture(scope="module")
+def compiled(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compile cache that was filled for 256x256."""
+    location = tmp_path_factory.mktemp("compiled")
+    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=location)
+    handle.precompile([(256, 256)], num_inference_steps=STEPS)
+    handle.remove()
+    return location
 
 
 @needs_aot
 @pytest.mark.slow
-def test_compiled_draws_the_golden_pictures(pipe: Any, tmp_path: Path) -> None:
-    """One cache, filled for one size, serves all of them, with and without CFG++."""
-    cache = CompileCache(tmp_path)
-    first = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=cache)
-    first.precompile([(256, 256)], num_inference_steps=STEPS)
-    first.remove()
+def test_compiled_draws_the_golden_pictures(pipe: Any, compiled: Path) -> None:
+    """What was compiled for one size serves all of them, with and without CFG++."""
+    cache = CompileCache(compiled)
     for request in REQUESTS:
         if not request.hidiffusion:
             continue
@@ -104,3 +136,39 @@ def test_compiled_draws_the_golden_pictures(pipe: Any, tmp_path: Path) -> None:
             assert handle.stats.eager_calls == 0
         finally:
             handle.remove()
+
+
+@needs_aot
+@pytest.mark.slow
+def test_the_demo_serves_before_and_after_side_by_side(compiled: Path, tmp_path: Path) -> None:
+    report = serve(
+        {
+            "model": str(trained_model()),
+            "cache": str(compiled),
+            "out": str(tmp_path),
+            "sizes": [[256, 256]],
+            "steps": STEPS,
+            "before": True,
+            "started": time.time(),
+        }
+    )
+    (size,) = report["sizes"]
+    assert size["relative_difference"] < 5e-3
+    assert report["stats"]["compiles"] == report["stats"]["eager_calls"] == 0
+    with Image.open(tmp_path / "before-after.png") as sheet:
+        pixels = np.asarray(sheet)
+    assert pixels.shape[0] > 2 * 256 and pixels.shape[1] > 4 * 256
+    before, after = (pixels[top : top + 256] for top in (38, 38 + 256 + 6))  # captions, a row, a gap
+    assert np.abs(before.astype(int) - after).mean() > 5
+
+
+def test_a_demo_that_fails_ends_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert run(["demo", "--out", str(tmp_path), "--steps", "2"]) == 1
+    assert "precompiling failed with exit code 1" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/other.txt").touch()
+    assert run(["demo", "--out", str(tmp_path), "--steps", "2", "--random-weights"]) == 1
+    assert "expected a complete diffusers folder or nothing" in capsys.readouterr().err

@@ -93,7 +93,7 @@ def train_diffusion(pipe: Any, recipe: DiffusionRecipe, folder: Path, device: to
         steps=recipe.steps,
         rate=recipe.rate,
         warm_up=recipe.warm_up,
-        settings=asdict(recipe),
+        settings=asdict(recipe) | {"encoder": _digest(pipe.vae)},
         weight_decay=recipe.weight_decay,
         average=recipe.average,
         pictures=pictures,
@@ -158,11 +158,15 @@ def _encode(vae: Any, seed: int, count: int, canvas: Size, device: torch.device)
 
 
 def _digest(vae: Any) -> str:
-    """Of the encoder's weights: scenes are encoded again if they change."""
+    """Of the encoder's weights, and of how scenes are drawn: they are encoded again if either changes."""
     whole = hashlib.sha256()
-    for name, value in sorted(vae.encoder.state_dict().items()):
-        whole.update(name.encode())
-        whole.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    for module in (vae.encoder, vae.quant_conv):
+        for name, value in sorted(module.state_dict().items()):
+            whole.update(name.encode())
+            whole.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    for canvas, _ in CANVASES:
+        text, image = scene_of(0, 0, canvas)
+        whole.update(text.encode() + image.tobytes())
     return whole.hexdigest()[:16]
 
 

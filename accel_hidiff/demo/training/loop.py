@@ -141,12 +141,12 @@ class Training:
         path = self.folder / f"{self.name}.ckpt"
         if not path.is_file():
             return 0
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=mean.values[0].device, weights_only=True)
         wanted = json.dumps(self.settings, sort_keys=True)
         if state["settings"] != wanted:
             raise ValueError(
                 f"{path}: expected a training with {wanted}, found one with {state['settings']}; "
-                "choose another folder or remove this one"
+                "choose another folder, or remove that whole folder"
             )
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])

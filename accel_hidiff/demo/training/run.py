@@ -44,6 +44,8 @@ def train(
     """
     first, second = autoencoder or AutoencoderRecipe(), diffusion or DiffusionRecipe()
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "model").exists() and not (out / "training.json").exists():
+        raise ValueError(f"{out / 'model'}: expected a training's result, found something else; choose another --out")
     where = torch.device(device)
     pipe = assemble(second.seed, model_config(second.prediction))
     for name in ("vae", "unet", "text_encoder", "text_encoder_2"):
@@ -54,8 +56,9 @@ def train(
     summary = _summary(records, where, first, second)
     with whole_file(out / "training.json") as part:
         part.write_text(json.dumps(summary, indent=1) + "\n")
+    model = _export(pipe, out / "model", summary)
     _plot(records, out / "losses.png")
-    return _export(pipe, out / "model", summary)
+    return model
 
 
 def shortened(share: float) -> tuple[AutoencoderRecipe, DiffusionRecipe]:
