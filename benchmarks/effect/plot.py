@@ -30,9 +30,14 @@ def plot_guidance(rows: Sequence[dict[str, Any]], real: Sequence[dict[str, Any]]
     import matplotlib.pyplot as plt
 
     sizes = list(dict.fromkeys((row["size"], len(row["readings"])) for row in rows))
-    measures = {"saturation of objects": _saturation, "clipped values, %": _clipped, "one right object": _right}
+    measures = {
+        "saturation of objects": _saturation,
+        "clipped values, %": _clipped,
+        "mottling": _mottling,
+        "one right object": _right,
+    }
     figure, panels = plt.subplots(
-        len(measures), len(sizes), figsize=(4.4 * len(sizes), 8), squeeze=False, sharex=True, sharey="row"
+        len(measures), len(sizes), figsize=(4.4 * len(sizes), 10), squeeze=False, sharex=True, sharey="row"
     )
     for column, (size, count) in zip(panels.T, sizes, strict=True):
         alike = [row for row in rows if row["size"] == size and len(row["readings"]) == count]
@@ -51,14 +56,16 @@ def plot_guidance(rows: Sequence[dict[str, Any]], real: Sequence[dict[str, Any]]
                     label=kind,
                 )
             panel.spines[["top", "right"]].set_visible(False)
-        for row in [row for row in real if row["size"] == size][:1]:
-            level, *_ = _saturation(readings_of(row))
-            column[0].axhline(level, color="#888888", linewidth=0.8, linestyle=":", label="drawn scenes")
+        for row in real:
+            if row["size"] == size and len(row["readings"]) == count:
+                for panel, measure in zip(column, measures.values(), strict=True):
+                    level, *_ = measure(readings_of(row))
+                    panel.axhline(level, color="#888888", linewidth=0.8, linestyle=":", label="drawn scenes")
         column[0].set_title(f"{size}, {count} pictures each")
         column[-1].set_xlabel("CFG weight; of CFG++ the mean that it is worth")
     for panel, name in zip(panels[:, 0], measures, strict=True):
         panel.set_ylabel(name)
-    panels[0][0].legend(frameon=False)
+    panels[-1][0].legend(*panels[0][0].get_legend_handles_labels(), frameon=False, loc="lower left")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
     plt.close(figure)
@@ -70,6 +77,10 @@ def _saturation(readings: Sequence[Reading]) -> Point:
 
 def _clipped(readings: Sequence[Reading]) -> Point:
     return _mean([100 * reading.clipped for reading in readings])
+
+
+def _mottling(readings: Sequence[Reading]) -> Point:
+    return _mean([reading.mottling for reading in readings if reading.mottling is not None])
 
 
 def _right(readings: Sequence[Reading]) -> Point:

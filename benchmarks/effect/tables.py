@@ -71,6 +71,7 @@ _COLUMNS = (
     "sharpness",
     "saturation",
     "clipped, %",
+    "mottling",
 )
 
 
@@ -96,6 +97,7 @@ def row(record: dict[str, Any]) -> str:
         mean([r.sharpness for r in readings]),
         mean([r.saturation for r in found]),
         mean([100 * r.clipped for r in readings]),
+        mean([r.mottling for r in readings if r.mottling is not None], 3),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -105,7 +107,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*_head(_COLUMNS), *map(row, records)])
 
 
-_Measure = Callable[[Reading], float]
+_Measure = Callable[[Reading], float | None]
 _COMPARED: Final[dict[str, tuple[_Measure, int]]] = {  # with the digits that are shown
     "several, points": (lambda r: 100.0 * r.duplicated, 0),
     "right, points": (lambda r: 100.0 * r.right, 0),
@@ -114,6 +116,7 @@ _COMPARED: Final[dict[str, tuple[_Measure, int]]] = {  # with the digits that ar
     "sharpness": (lambda r: r.sharpness, 3),
     "saturation": (lambda r: r.saturation, 3),
     "clipped, points": (lambda r: 100.0 * r.clipped, 2),
+    "mottling": (lambda r: r.mottling, 4),
 }
 
 
@@ -129,7 +132,8 @@ def differences(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         cells = [one["size"], f"{_name(one)} - {_name(other)}", str(len(both))]
         for name, (of, digits) in _COMPARED.items():
             some = both if name.endswith("points") else found
-            cells.append(mean([of(a) - of(b) for a, b in some], digits))
+            values = [(of(a), of(b)) for a, b in some]
+            cells.append(mean([a - b for a, b in values if a is not None and b is not None], digits))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*_head(("size", "compared", "pictures", *_COMPARED)), *lines])
 
