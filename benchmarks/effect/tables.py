@@ -59,6 +59,7 @@ _COLUMNS = (
     "size",
     "model",
     "pictures",
+    "objects",
     "several, %",
     "one right, %",
     "count, %",
@@ -85,6 +86,7 @@ def row(record: dict[str, Any]) -> str:
         record["size"],
         _name(record),
         str(len(readings)),
+        mean([r.objects for r in readings], 1),
         share(readings, lambda r: r.duplicated),
         share(readings, lambda r: r.right),
         share(readings, lambda r: r.count_right),
@@ -109,6 +111,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 _Measure = Callable[[Reading], float | None]
 _COMPARED: Final[dict[str, tuple[_Measure, int]]] = {  # with the digits that are shown
+    "objects": (lambda r: r.objects, 1),
     "several, points": (lambda r: 100.0 * r.duplicated, 0),
     "right, points": (lambda r: 100.0 * r.right, 0),
     "scale, points": (lambda r: 100.0 * r.scale_right, 0),
@@ -118,12 +121,13 @@ _COMPARED: Final[dict[str, tuple[_Measure, int]]] = {  # with the digits that ar
     "clipped, points": (lambda r: 100.0 * r.clipped, 2),
     "mottling": (lambda r: r.mottling, 4),
 }
+_OF_OBJECTS: Final = ("extent", "saturation")  # need one
 
 
 def differences(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     """A Markdown table of first less second, picture by picture: cells of the same captions and noise.
 
-    Pictures in which either way of drawing shows no object count for the shares, not for the means.
+    Pictures in which either way of drawing shows no object do not count for what needs one.
     """
     lines = []
     for one, other in pairs:
@@ -131,7 +135,7 @@ def differences(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
         found = [pair for pair in both if pair[0].objects and pair[1].objects]
         cells = [one["size"], f"{_name(one)} - {_name(other)}", str(len(both))]
         for name, (of, digits) in _COMPARED.items():
-            some = both if name.endswith("points") else found
+            some = found if name in _OF_OBJECTS else both
             values = [(of(a), of(b)) for a, b in some]
             cells.append(mean([a - b for a, b in values if a is not None and b is not None], digits))
         lines.append("| " + " | ".join(cells) + " |")
