@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,9 +74,9 @@ def _run(options: argparse.Namespace) -> int:
         write_whole(options.out, drawing.as_text(record))
 
     for size, count in dict.fromkeys((cell.size, len(cell.prompts)) for cell in wanted):
-        for name, row in _real(pipe.vae, reference, size, count):
-            if name not in record["cells"]:
-                keep(name, row)
+        if f"real: drawn, {size}, {count} pictures" not in record["cells"]:
+            for row in _real(pipe.vae, reference, size, count):
+                keep(f"real: {row['arm']}, {size}, {count} pictures", row)
     with tempfile.TemporaryDirectory() as temporary:
         for cell in wanted:
             if cell.name not in record["cells"]:
@@ -141,21 +140,20 @@ def _begun(options: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def _real(vae: Any, reference: drawing.Reference, size: Size, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the rules make of so many drawn scenes, whose truth is known, and of the same through the autoencoder."""
+def _real(vae: Any, reference: drawing.Reference, size: Size, count: int) -> list[dict[str, Any]]:
+    """What the rules make of the same scenes through the autoencoder, and as drawn, with their truth known."""
     scenes = drawing.scenes(count, size, 17)
     images = [draw(scene, size.height, size.width) for scene in scenes]
-    for arm, some in (("drawn", images), ("autoencoder", drawing.through_autoencoder(vae, images))):
-        yield (
-            f"real: {arm}, {size}, {count} pictures",
-            {
-                "table": "real",
-                "arm": arm,
-                "size": str(size),
-                "frechet": distance(features(vae, some), reference.of(size)),
-                "readings": [asdict(read(image, kinds(scene))) for image, scene in zip(some, scenes, strict=True)],
-            },
-        )
+    return [
+        {
+            "table": "real",
+            "arm": arm,
+            "size": str(size),
+            "frechet": distance(features(vae, some), reference.of(size)),
+            "readings": [asdict(read(image, kinds(scene))) for image, scene in zip(some, scenes, strict=True)],
+        }
+        for arm, some in (("autoencoder", drawing.through_autoencoder(vae, images)), ("drawn", images))
+    ]
 
 
 if __name__ == "__main__":
