@@ -7,7 +7,8 @@
 #   --no-lint  skip ruff and mypy
 #   --here     use the current environment instead of .venv, and install nothing
 #
-# Everything else goes to pytest; paths are relative to the root of the repository.
+# Everything else goes to pytest; paths are relative to the root of the repository. Without such arguments, where there
+# are two cores, two processes share the tests, a file at a time.
 
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -34,4 +35,7 @@ if [ "$lint" = yes ]; then
     fi
 fi
 "$PY" -c 'import pytest' 2>/dev/null || fail "--here needs pytest in the environment of $PY; install it there, or run without --here"
+if [ ${#rest[@]} -eq 0 ] && "$PY" -c 'import os, sys, xdist; sys.exit((os.cpu_count() or 1) < 2)' 2>/dev/null; then
+    rest=(-n 2 --dist loadgroup --no-loadscope-reorder) # the long files lie in the middle
+fi
 exec "$PY" -m pytest -q ${select[@]+"${select[@]}"} ${rest[@]+"${rest[@]}"}

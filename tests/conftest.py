@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -9,11 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 pytest.register_assert_rewrite("tests.bundles", "tests.entries", "tests.remotes")
 
 STEPS = 7  # [0, 1) windowed+dilated, [1, 2) windowed+pooled, [2, 7) windowed
 SIZES = [(128, 128), (128, 192), (256, 128)]  # (height, width): square, landscape, portrait
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers, a file runs in one of them; all files that fill the cache of the families, in the same."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    families = {item.location[0] for item in items if "families_cache" in getattr(item, "fixturenames", ())}
+    for item in items:
+        file = item.location[0]
+        item.add_marker(pytest.mark.xdist_group("families" if file in families else file))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,16 +64,31 @@ def make_pipe() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def precompiled(tmp_path_factory: pytest.TempPathFactory, make_pipe: Any) -> tuple[Path, Any]:
-    """A cache with every graph of the three sizes, and the report of how it was made."""
-    import accel_hidiff as ah
+    """A cache with every graph of the three sizes, and the report of how it was made.
+
+    One of several workers makes it; each has a copy of its own.
+    """
     from tests import needs
 
     needs.aot()
-    location = tmp_path_factory.mktemp("cache")
-    handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=location)
+    location = tmp_path_factory.mktemp("session") / "cache"
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return location, _precompile(location, make_pipe())
+    made, report = (tmp_path_factory.getbasetemp().parent / name for name in ("made", "made.pickle"))
+    with FileLock(made.with_name("made.lock")):
+        if not report.exists():
+            shutil.rmtree(made, ignore_errors=True)  # of a worker that failed
+            report.write_bytes(pickle.dumps(_precompile(made, make_pipe())))
+    return Path(shutil.copytree(made, location)), pickle.loads(report.read_bytes())
+
+
+def _precompile(location: Path, pipe: Any) -> Any:
+    import accel_hidiff as ah
+
+    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=location)
     report = handle.precompile(SIZES, STEPS)
     handle.remove()
-    return location, report
+    return report
 
 
 @pytest.fixture(scope="session")
