@@ -130,7 +130,9 @@ class _Package:
 
     def unbind(self) -> None:
         """The weights' memory is given up; nothing may call it before it is bound again."""
-        with _disable_current_modes(), torch.inference_mode():  # it may be called in the middle of anything
+        # The collector may call this in the middle of anything, a kernel of tracing too, where all operators are meta's.
+        with _disable_current_modes(), torch.inference_mode(), torch._C._PreserveDispatchKeyGuard():
+            torch._C._set_meta_in_tls_dispatch_include(False)
             for slot in self._slots.values():
                 slot.set_()  # type: ignore[call-overload]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import accel_hidiff as ah
+from accel_hidiff.backends import aot
 from compile_cache import CompileCache
 from tests.compiled.conftest import (
     SIZES,
@@ -372,3 +373,30 @@ def test_remove_refuses_as_a_whole_when_somebody_else_wrapped_a_forward(strict: 
         strict.remove()
     assert "forward" in vars(strict.pipe.vae.decoder)
     block.forward = ours
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_what_the_collector_frees_while_something_is_traced_is_used_again(make_pipe: Any, cache_dir: Path) -> None:
+    """In a kernel of tracing all operators are meta's; the collector does not wait for its end."""
+    handle = accelerate_strict(make_pipe(), cache_dir)
+    request(handle.pipe)
+    gc.collect()
+    with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
+        torch._C._set_meta_in_tls_dispatch_include(True)
+        handle.remove()
+        del handle
+        gc.collect()
+    idle = _idle_programs()
+    assert idle and all(slot.numel() == 0 for package in idle for slot in package._slots.values())
+    again = accelerate_strict(make_pipe(), cache_dir)
+    with again.stats.expect(eager_calls=0):
+        request(again.pipe)
+    assert not _idle_programs()
+    again.remove()
+    del again
+    gc.collect()
+    assert set(map(id, _idle_programs())) == set(map(id, idle))
+
+
+def _idle_programs() -> list[Any]:
+    return [package for packages in aot._idle.values() for package in packages]
