@@ -43,7 +43,7 @@ NUM_STEPS = 50
 GUIDANCE_BATCH = 2  # one image with classifier-free guidance
 _MEASURED = ("accel_hidiff", "compile_cache", "benchmarks", ":!benchmarks/results")
 # Their values name places on this machine and stay out of the record; of a file, the name is kept.
-_PATH_OPTIONS = ("--cache", "--out", "--plot", "--markdown", "--python", "--pictures", "--model", "--training")
+_PATH_OPTIONS = ("--cache", "--out", "--plot", "--markdown", "--python", "--pictures", "--model")
 _FILES = (".json", ".png", ".md")
 
 

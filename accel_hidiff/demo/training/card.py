@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from accel_hidiff.demo.scenes import BACKGROUNDS, COLOURS, SHAPES
-
-_PREDICTION: Final = {"v_prediction": "v-prediction", "epsilon": "noise prediction"}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -23,7 +21,6 @@ def card(summary: dict[str, Any], weights: dict[str, str]) -> str:
     """The card, in Markdown, from what a training recorded and the digests of the weights."""
     first, second = summary["recipes"]["autoencoder"], summary["recipes"]["diffusion"]
     seconds, loss, versions = summary["seconds"], summary["final_loss"], summary["versions"]
-    prediction = _PREDICTION[second["prediction"]]
     hashes = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in weights.items())
     shapes, colours, backgrounds = (", ".join(names) for names in (SHAPES, COLOURS, BACKGROUNDS))
     return f"""---
@@ -59,7 +56,7 @@ fish on blue"). Canvases: 128x128 (70 %), 160x96 and 96x160 (15 % each). No pict
 - Autoencoder: {first["steps"]} steps of {first["batch"]} crops of 64x64 pixels; absolute error of pixels and of their
   differences, KL weight {first["prior"]:g}.
 - UNet and both text encoders together: {second["steps"]} steps of {second["batch"]} scenes, out of {second["scenes"]}
-  that were encoded once; {prediction} on SDXL's noise schedule, mean squared error; AdamW, highest rate
+  that were encoded once; v-prediction on SDXL's noise schedule, mean squared error; AdamW, highest rate
   {second["rate"]:g}, {second["warm_up"]} steps of warm-up, half a cosine down; {100 * second["without_caption"]:g} % of
   the captions left out (zeros, as the pipeline has them for an empty prompt); running average of the weights, decay
   {second["average"]:g}. bfloat16 autocast, float32 weights, stored as float16.

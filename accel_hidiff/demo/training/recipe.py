@@ -17,8 +17,8 @@ Size = tuple[int, int]
 CANVASES: Final[tuple[tuple[Size, float], ...]] = (((128, 128), 0.7), ((96, 160), 0.15), ((160, 96), 0.15))
 
 
-def model_config(prediction: str = "v_prediction") -> DemoModelConfig:
-    """The layout of the trained model: SDXL's, narrow, for latents of 16x16; "v_prediction" or "epsilon"."""
+def model_config() -> DemoModelConfig:
+    """The layout of the trained model: SDXL's, narrow, for latents of 16x16."""
     return DemoModelConfig(
         block_out_channels=(48, 96, 128),
         transformer_layers=(1, 1, 2),
@@ -33,7 +33,7 @@ def model_config(prediction: str = "v_prediction") -> DemoModelConfig:
         vae_channels=(16, 32, 64, 64),
         vae_norm_groups=1,
         vae_attention=False,  # one that was trained on 128x128 would be asked about 512x512
-        prediction_type=prediction,
+        prediction_type="v_prediction",
         words=vocabulary(),
     )
 
@@ -55,12 +55,10 @@ class AutoencoderRecipe:
 
 @dataclass(frozen=True)
 class DiffusionRecipe:
-    """Length and settings of the second training. `prediction` is what the UNet predicts, in diffusers' words; `scenes`
-    are drawn and encoded once; `average` is the decay of the running average of weights; captions are left out at the
-    rate `without_caption`, for guidance."""
+    """Length and settings of the second training. `scenes` are drawn and encoded once; `average` is the decay of the
+    running average of weights; captions are left out at the rate `without_caption`, for guidance."""
 
     seed: int = 0
-    prediction: str = "v_prediction"
     scenes: int = 32_000
     steps: int = 2000
     batch: int = 48

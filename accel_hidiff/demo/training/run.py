@@ -47,7 +47,7 @@ def train(
     if (out / "model").exists() and not (out / "training.json").exists():
         raise ValueError(f"{out / 'model'}: expected a training's result, found something else; choose another --out")
     where = torch.device(device)
-    pipe = assemble(second.seed, model_config(second.prediction))
+    pipe = assemble(second.seed, model_config())
     for name in ("vae", "unet", "text_encoder", "text_encoder_2"):
         getattr(pipe, name).to(where)
     records = [train_autoencoder(pipe.vae, first, out, where)]
