@@ -130,7 +130,7 @@ class _Package:
 
     def unbind(self) -> None:
         """The weights' memory is given up; nothing may call it before it is bound again."""
-        # The collector may call this in the middle of anything, a kernel of tracing too, where all operators are meta's.
+        # The collector may call this in the middle of anything: in a kernel of tracing, where all operators are meta's.
         with _disable_current_modes(), torch.inference_mode(), torch._C._PreserveDispatchKeyGuard():
             torch._C._set_meta_in_tls_dispatch_include(False)
             for slot in self._slots.values():
