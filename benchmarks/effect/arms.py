@@ -59,6 +59,8 @@ PLAIN: Final = Arm("plain")
 RAUNET: Final = Arm("RAU-Net", ah.HiDiffusionConfig(windowed=False))
 WINDOWS: Final = Arm("MSW-MSA", ah.HiDiffusionConfig(pooled=False, dilated=False))
 BOTH: Final = Arm("HiDiffusion", ah.HiDiffusionConfig())
+# What SDXL's table has at four times its side. It goes by pixels, so that this model does not get it by itself.
+FOURFOLD: Final = Arm("HiDiffusion, T1 0.7, T2 0.3", ah.HiDiffusionConfig(t1_ratio=0.7, t2_ratio=0.3))
 COMPILED: Final = Arm("HiDiffusion, compiled", ah.HiDiffusionConfig(), compiled=True)
 
 SIZES: Final = (Size(128, 128), Size(192, 176), Size(256, 256), Size(320, 192), Size(192, 320), Size(384, 256))
@@ -145,7 +147,8 @@ def cells(count: int, large: int, swept: int, guided: int) -> list[Cell]:
     # What tells most comes first: a run can be ended early.
     first = (SIZES[2], SIZES[0])
     rest = [size for size in SIZES if size not in first]
-    return [*at(*first), *guidance, *at(*rest), *ratios, *compiled, *pairs, *at(LARGE)]
+    fourfold = Cell("scale", FOURFOLD, LARGE, single(large))
+    return [*at(*first), *guidance, *at(*rest), *ratios, *compiled, *pairs, *at(LARGE), fourfold]
 
 
 def tables() -> tuple[str, ...]:

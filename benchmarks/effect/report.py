@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.effect.arms import BOTH, COMPILED, LARGE, PLAIN, RAUNET, SIZES, WINDOWS, guidance_pairs, single
+from benchmarks.effect.arms import (
+    BOTH,
+    COMPILED,
+    FOURFOLD,
+    LARGE,
+    PLAIN,
+    RAUNET,
+    SIZES,
+    WINDOWS,
+    guidance_pairs,
+    single,
+)
 from benchmarks.effect.drawing import file_name
 from benchmarks.effect.plot import plot_guidance
 from benchmarks.effect.sheets import sheet
@@ -23,7 +34,7 @@ _TITLES: Final = {
     "compiled": "Eager and compiled",
 }
 _COMPARED: Final = {
-    "scale": [(arm.name, PLAIN.name) for arm in (RAUNET, WINDOWS, BOTH)] + [(BOTH.name, RAUNET.name)],
+    "scale": [(arm.name, PLAIN.name) for arm in (RAUNET, WINDOWS, BOTH, FOURFOLD)] + [(BOTH.name, RAUNET.name)],
     "two objects": [(BOTH.name, PLAIN.name)],
     "guidance": [(cfg.name, cfgpp.name) for cfg, cfgpp in guidance_pairs()],
     "compiled": [(COMPILED.name, BOTH.name)],
