@@ -50,6 +50,9 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
         first_ms = (stamps[0] - began) * 1e3  # text encoders included: not a step time
         return {"image": image, "seconds": time.perf_counter() - began, "steps_ms": steps, "first_ms": first_ms}
 
+    def picture(image: Any) -> Any:
+        return pipe.numpy_to_pil(image)[0]
+
     pipe = load_pipeline(config["model"], device="cpu")
     pipe.set_progress_bar_config(disable=True)
     model_loaded = time.time()
@@ -64,7 +67,7 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
     eager.set_progress_bar_config(disable=True)
     if config["before"]:
         pictures = [
-            (f"{width}x{height}\n{label}", [_picture(request(one, height, width, text)["image"]) for text in _PROMPTS])
+            (f"{width}x{height}\n{label}", [picture(request(one, height, width, text)["image"]) for text in _PROMPTS])
             for height, width in sizes
             for label, one in (("as it was", eager), ("HiDiffusion,\ncompiled", pipe))
         ]
@@ -77,7 +80,7 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
             runs["compiled"].append(request(pipe, *size))
             runs["eager"].append(request(eager, *size))
         compiled_image, eager_image = runs["compiled"][-1]["image"], runs["eager"][-1]["image"]
-        _picture(compiled_image).save(Path(config["out"]) / f"{size[1]}x{size[0]}.png")
+        picture(compiled_image).save(Path(config["out"]) / f"{size[1]}x{size[0]}.png")
         difference = abs(compiled_image - eager_image).max() / abs(eager_image).max()
         rows.append(
             {
@@ -104,13 +107,6 @@ def serve(config: dict[str, Any]) -> dict[str, Any]:
 def _fastest(runs: list[list[float]]) -> list[float]:
     """Step by step the fastest of several runs of one request."""
     return [min(times) for times in zip(*runs, strict=True)]
-
-
-def _picture(image: Any) -> Any:
-    """PIL's, of (height, width, 3) floats in [0, 1]."""
-    from PIL import Image
-
-    return Image.fromarray((image * 255).round().astype("uint8"))
 
 
 if __name__ == "__main__":

@@ -83,12 +83,13 @@ def read(image: Pixels, kinds: Sequence[Kind]) -> Reading:
     found = []
     for number in range(1, count + 1):
         mask = areas == number
-        area = float(ndimage.binary_fill_holes(mask).sum()) / SIDE**2
+        filled = ndimage.binary_fill_holes(mask)
+        area = float(filled.sum()) / SIDE**2
         if area >= SMALLEST:
-            found.append((area, mask))
+            found.append((area, mask, filled))
     found.sort(key=lambda item: -item[0])
-    colours = [_colour(colour_of, mask) for _, mask in found]
-    shapes = [_shape(mask) for _, mask in found]
+    colours = [_colour(colour_of, mask) for _, mask, _ in found]
+    shapes = [_shape(mask) for _, mask, _ in found]
     extent = max(_box(found[0][1])[2:]) / SIDE if found else 0.0
     values = image.astype(numpy.float32) / 255
     spread = (small.max(-1).astype(numpy.float32) - small.min(-1)) / 255
@@ -102,7 +103,7 @@ def read(image: Pixels, kinds: Sequence[Kind]) -> Reading:
         sharpness=_sharpness(values),
         saturation=float(spread[names].mean()) if names.any() else 0.0,
         clipped=float(((image <= 1) | (image >= 254)).mean()),
-        mottling=_mottling(small, [mask for _, mask in found]),
+        mottling=_mottling(small, [mask for _, mask, _ in found], [filled for *_, filled in found]),
     )
 
 
@@ -171,11 +172,11 @@ def _shape(mask: Mask) -> str:
     return best if likeness[best] >= 0.5 else "none"
 
 
-def _mottling(image: Pixels, objects: Sequence[Mask]) -> float:
+def _mottling(image: Pixels, objects: Sequence[Mask], filled: Sequence[Mask]) -> float:
     """Details (windows, eyes) are of no area's colour, and count with the edges that are left out."""
     whole = numpy.zeros(image.shape[:2], bool)
-    for mask in objects:
-        whole |= ndimage.binary_fill_holes(mask)
+    for mask in filled:
+        whole |= mask
     errors = []
     for area in (*objects, ~whole):
         inner = image[ndimage.binary_erosion(area, iterations=_EDGE)].astype(numpy.float32) / 255

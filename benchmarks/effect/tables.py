@@ -61,7 +61,7 @@ _COLUMNS = (
     "pictures",
     "objects",
     "several, %",
-    "one right, %",
+    "right, %",
     "count, %",
     "of these colour, %",
     "of these shape, %",

@@ -93,7 +93,7 @@ def test_the_golden_pictures_show_what_was_asked_for() -> None:
         ah.HiDiffusionConfig(t1_ratio=0.5, t2_ratio=0.5),
         ah.HiDiffusionConfig(t2_ratio=0.25),
     ],
-    ids=["none", "no windows", "RAU-Net twice as long", "two steps too long"],
+    ids=["none", "no windows", "dilated in half of the steps", "dilated too long"],
 )
 def test_another_picture_is_not_taken_for_golden(pipe: Any, config: ah.HiDiffusionConfig | None) -> None:
     """The comparison can fail: a wrong phase or missing windows are far outside of the tolerance."""
