@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 import accel_hidiff as ah
-from accel_hidiff.backends import aot
+from accel_hidiff.backends import aot_package
 from accel_hidiff.demo import build_pipeline, tiny_config
 from benchmarks import harness as h
 from benchmarks.soak_plot import KINDS, plot, theil_sen
@@ -333,7 +333,7 @@ def soak(report: h.Report, cache: Path, requests: int, seed: int) -> tuple[list[
             binder = test.handle._dispatcher.binder
             give_back_free_memory()
             row["rss_mb"] = h.rounded(process.memory_info().rss / 1e6, 5)
-            row["programs"] = binder.held + sum(map(len, aot._idle.values()))
+            row["programs"] = binder.held + sum(map(len, aot_package._idle.values()))
             row["descriptors"] = process.num_fds() - len(binder._entries)  # one for each entry in use is meant to be
             rows.append(row)
             report.add(**rows[-1], events=happened)

@@ -68,7 +68,10 @@ FORBIDDEN = {
 }
 LOAD_PATH = [
     *sorted((ROOT / "compile_cache").glob("*.py")),
-    *map(ROOT.joinpath, ("accel_hidiff/backends/aot.py", "accel_hidiff/binder.py")),
+    *map(
+        ROOT.joinpath,
+        ("accel_hidiff/backends/aot.py", "accel_hidiff/backends/aot_package.py", "accel_hidiff/binder.py"),
+    ),
 ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import accel_hidiff as ah
-from accel_hidiff.backends import aot
+from accel_hidiff.backends import aot, aot_package
 from compile_cache import CompileCache
 from tests.compiled.conftest import (
     SIZES,
@@ -241,7 +241,6 @@ class TestMisses:
     def test_a_cache_of_another_torch_is_named(
         self, make_pipe: Any, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from accel_hidiff.backends import aot
 
         here = aot._factors("cpu")
         other = {**here, "environment": {**here["environment"], "torch": "2.99.0"}}
@@ -399,4 +398,4 @@ def test_what_the_collector_frees_while_something_is_traced_is_used_again(make_p
 
 
 def _idle_programs() -> list[Any]:
-    return [package for packages in aot._idle.values() for package in packages]
+    return [package for packages in aot_package._idle.values() for package in packages]

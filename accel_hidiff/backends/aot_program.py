@@ -1,0 +1,120 @@
+"""What AOTInductor compiles: a region exported with `torch.export`, and what tells two exported programs apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel_hidiff.errors import CompileFailed
+from accel_hidiff.regions import RegionGraph
+from compile_cache import Range, ShapeBucket
+
+
+def export_region(graph: RegionGraph) -> tuple[torch.export.ExportedProgram, list[Any]]:
+    """The exported program of a region's graph, and (shape, dtype, strides) of each of its inputs.
+
+    Raises:
+        CompileFailed: it cannot be exported.
+    """
+    example = graph.example()
+    dims = {
+        name: torch.export.Dim(name, min=size.minimum // size.multiple, max=size.maximum // size.multiple)
+        for name, size in graph.bucket.dims.items()
+        if not size.is_exact
+    }
+
+    def symbol(name: str) -> Any:
+        multiple = graph.bucket.dims[name].multiple
+        return dims[name] if multiple == 1 else multiple * dims[name]
+
+    named = graph.region.axes(graph.traits)
+    axes = [{axis: symbol(name) for axis, name in axes.items() if name in dims} for axes in named]
+    shapes = (tuple(axes[: len(example)]) + ({},) * (len(example) - len(axes)),) if dims else None
+    try:
+        with torch.no_grad():
+            module = graph.region.graph_module(graph.traits)
+            program = quietly(torch.export.export, module, example, dynamic_shapes=shapes, strict=False)
+    except Exception as problem:
+        raise CompileFailed(
+            f"{graph.region.path}: cannot be exported with {graph.bucket}: {type(problem).__name__}: "
+            f"{str(problem).strip().splitlines()[0]}; backend='inductor' compiles regions without export"
+        ) from problem
+    if program.constants:
+        raise CompileFailed(
+            f"{graph.region.path}: expected weights and inputs only, its graph also holds the tensor constant "
+            f"{next(iter(program.constants))}; use backend='inductor' for this model"
+        )
+    return program, [[list(tensor.shape), str(tensor.dtype), list(tensor.stride())] for tensor in example]
+
+
+def served_bucket(graph: RegionGraph, program: torch.export.ExportedProgram) -> ShapeBucket:
+    """The bucket narrowed to the range constraints that export recorded, which can be tighter than those asked for."""
+    inputs = [
+        node.meta["val"]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    ]
+    dims = dict(graph.bucket.dims)
+    for tensor, axes in zip(inputs, graph.region.axes(graph.traits), strict=False):
+        for axis, name in axes.items():
+            size = tensor.shape[axis]
+            if isinstance(size, int):
+                if dims[name].reject(size) is not None or not dims[name].is_exact:
+                    raise CompileFailed(
+                        f"{graph.region.path}: asked for {name} {dims[name]}, export fixed it at {size}; "
+                        "use shapes='exact' for this model"
+                    )
+                continue
+            expression = size.node.expr
+            (base,) = expression.free_symbols
+            multiple = int(expression / base)
+            limits = program.range_constraints[base]
+            narrowed = Range(multiple * int(limits.lower), multiple * int(limits.upper), multiple)
+            dims[name] = dims[name].intersect(narrowed) or narrowed
+    return ShapeBucket(dims)
+
+
+def program_digest(program: torch.export.ExportedProgram) -> str:
+    """SHA-256 of an exported program: operators, arguments, shapes, strides, dtypes, weights' names, range constraints.
+
+    Weights' values, source positions and stack traces are not in it.
+    """
+    lines = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        lines.append([node.op, node.name, _named(node.target), str(node.args), str(node.kwargs), _describe(value)])
+    ranges = sorted((str(symbol), str(limits)) for symbol, limits in program.range_constraints.items())
+    signature = program.graph_signature
+    specs = [
+        [str(spec.kind), str(spec.arg), str(spec.target)] for spec in [*signature.input_specs, *signature.output_specs]
+    ]
+    text = json.dumps([lines, ranges, specs], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _named(target: Any) -> str:
+    """The same in every process: the text of a plain function would have its address in it."""
+    return f"{target.__module__}.{target.__qualname__}" if isinstance(target, FunctionType) else str(target)
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        facts = (tuple(value.shape), value.stride(), value.dtype, value.device)
+        return [str(fact) for fact in facts]
+    if isinstance(value, list | tuple):
+        return [_describe(item) for item in value]
+    return str(value)
+
+
+def quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls into torch's compiler without the deprecation warnings that it gives itself."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        return function(*args, **kwargs)
