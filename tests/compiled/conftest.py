@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import accel_hidiff as ah
-from accel_hidiff.backends import aot
+from accel_hidiff.backends import aot_package
 from compile_cache import CompileCache
 from tests import models
 from tests.conftest import SIZES, STEPS
@@ -39,7 +39,7 @@ def strict(make_pipe: Any, cache_dir: Path) -> Iterator[Any]:
 @pytest.fixture
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No program of an earlier test is used again: what is bound is loaded from the cache."""
-    monkeypatch.setattr(aot, "_idle", defaultdict(deque))
+    monkeypatch.setattr(aot_package, "_idle", defaultdict(deque))
 
 
 @pytest.fixture

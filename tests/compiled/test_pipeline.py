@@ -241,7 +241,6 @@ class TestMisses:
     def test_a_cache_of_another_torch_is_named(
         self, make_pipe: Any, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-
         here = aot._factors("cpu")
         other = {**here, "environment": {**here["environment"], "torch": "2.99.0"}}
         monkeypatch.setattr(aot, "_factors", lambda device: other)
