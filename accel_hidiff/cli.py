@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from accel_hidiff.benching.names import BENCHED, PEERS
 from accel_hidiff.benching.options import Options as BenchOptions
@@ -68,6 +69,15 @@ Trust = Annotated[
     list[str],
     typer.Option("--trust", help="Load only what this public key signed: ed25519:... or a file of keys. Repeatable."),
 ]
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        "--target", help="GPU to compile for, which need not be here: sm_90, h200, l4/x86-64-v2 (with the host's CPU)."
+    ),
+]
+MemoryFormat = Annotated[
+    str | None, typer.Option(help="channels_last or contiguous: of the convolutions; as the model has it by default.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 _CACHE = Path("compile-cache")
@@ -110,6 +120,8 @@ def precompile(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    target: TargetName = None,
+    memory_format: MemoryFormat = None,
     check: Annotated[bool, typer.Option("--check", help="Of a deploy file: only say what is missing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Of a deploy file: only estimate minutes, bytes.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Compiling processes; of a deploy file, one per core.")] = None,
@@ -124,15 +136,13 @@ def precompile(
         raise typer.Exit(precompile_file(model, options))
     if not size:
         raise BadInput("--size: expected at least one WIDTHxHEIGHT, got none; give it, or a deploy file (.toml)")
-    from accel_hidiff.models import load_pipeline
-
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
     signer = None if sign_with is None else SigningKey.load(sign_with)
     store = _open_cache(cache, remote, trust, push=push, sign_with=signer)
     settings = {"cache": store, "regions": regions, "shapes": shapes, "family": family, "task": task}
-    guidance = _cfgpp(cfgpp)
-    handle = _accelerate(load_pipeline(model, dtype, device, controlnet), guidance=guidance, **settings)
+    settings |= {"guidance": _cfgpp(cfgpp), "memory_format": memory_format}
+    handle = _compilable((model, dtype, device, controlnet), target, settings)
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -252,18 +262,17 @@ def explain(
     trust: Trust = [],  # noqa: B006
     dtype: Dtype = None,
     device: Device = None,
+    target: TargetName = None,
+    memory_format: MemoryFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which graph runs at which step, and whether the cache holds it. Loads no weights."""
-    from accel_hidiff.models import load_skeleton
-
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
     store = _open_cache(cache, remote, trust)
-    options = {"cache": store, "backend": backend, "regions": regions, "shapes": shapes}
-    pipe, target = load_skeleton(model, dtype, device, controlnet)
-    handle = _accelerate(pipe, family=family, task=task, guidance=_cfgpp(cfgpp), **options)
-    handle.meant_for = target
+    options = {"cache": store, "backend": backend, "regions": regions, "shapes": shapes, "memory_format": memory_format}
+    options |= {"family": family, "task": task, "guidance": _cfgpp(cfgpp)}
+    handle = _skeleton((model, dtype, device, controlnet), target, options)
     explanations = [handle.explain(height, width, steps, strength=strength) for height, width in sizes]
     if plot is not None:
         from accel_hidiff.plot import plot_plans
@@ -277,11 +286,11 @@ def explain(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Tell which backends and devices are usable here, and for each that is not, why."""
-    from accel_hidiff.doctor import examine
+def doctor(target: TargetName = None, as_json: AsJson = False) -> None:
+    """Tell which backends and devices are usable here, and for each that is not, why; or what a target needs."""
+    from accel_hidiff.doctor import examine, examine_target
 
-    findings = examine()
+    findings = examine() if target is None else examine_target(target)
     if as_json:
         _print([finding.to_json() for finding in findings])
         return
@@ -289,7 +298,7 @@ def doctor(as_json: AsJson = False) -> None:
     for column in ("part", "usable", "detail"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        table.add_row(finding.part, "yes" if finding.usable else "no", finding.detail)
+        table.add_row(finding.part, "yes" if finding.usable else "no", Text(finding.detail))
     _print(table)
 
 
@@ -390,6 +399,28 @@ def _accelerate(pipe: Any, **options: Any) -> Any:
     from accel_hidiff.pipeline import accelerate
 
     return accelerate(pipe, hidiffusion=HiDiffusionConfig(), **options)
+
+
+def _compilable(model: tuple[Any, ...], target: str | None, options: dict[str, Any]) -> Any:
+    """A handle that can compile: of the pipeline on its device, or of one without weights for a target."""
+    from accel_hidiff.architectures import is_architecture
+    from accel_hidiff.models import load_pipeline
+
+    if target is not None or is_architecture(model[0]):
+        return _skeleton(model, target, options)
+    return _accelerate(load_pipeline(*model), **options)
+
+
+def _skeleton(model: tuple[Any, ...], target: str | None, options: dict[str, Any]) -> Any:
+    """A handle of a pipeline without weights, for the target or the device that is asked for."""
+    from accel_hidiff.models import load_skeleton
+
+    if target is not None and model[2] is not None:
+        raise BadInput(f"--device: expected none with --target, got {model[2]}; the target says what it is for")
+    pipe, meant_for = load_skeleton(*model, elsewhere=target is not None)
+    handle = _accelerate(pipe, target=target, **options)
+    handle.meant_for = meant_for
+    return handle
 
 
 def _open_cache(

@@ -52,6 +52,27 @@ def examine() -> list[Finding]:
     ]
 
 
+def examine_target(name: str) -> list[Finding]:
+    """What compiling for a GPU needs here, one by one; no GPU is among it.
+
+    Args:
+        name: of a target, "sm_90" and the like.
+
+    Raises:
+        BadInput: there is no such target.
+    """
+    from accel_hidiff.crosscompile.requirements import judge, look
+    from accel_hidiff.target import Target
+
+    here = look()
+    target = Target.parse(name, torch=here.torch or "none", triton=here.triton or "none")
+    judged = judge(target, here)
+    usable = all(requirement.met for requirement in judged)
+    what = f"{target.profile.torch_name} ({target.architecture}) in a host with {target.host}, compiled on this machine"
+    findings = [Finding(requirement.part, requirement.met, requirement.detail) for requirement in judged]
+    return [*findings, Finding(f"target {target}", usable, what if usable else "see above")]
+
+
 def examine_backend(name: str) -> Finding:
     """Whether a backend can compile and run here, and why not.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from accel_hidiff.architectures import configs_of, is_architecture
 from accel_hidiff.compat import in_dtype, multi_controlnet
 from accel_hidiff.config import check_choice
 from accel_hidiff.errors import BadInput, NotAPipeline
@@ -52,19 +53,30 @@ def load_pipeline(
 
 
 def load_skeleton(
-    model: str, dtype: str | None = None, device: str | None = None, controlnets: Sequence[str] = ()
+    model: str,
+    dtype: str | None = None,
+    device: str | None = None,
+    controlnets: Sequence[str] = (),
+    *,
+    elsewhere: bool = False,
 ) -> tuple[Any, torch.device]:
     """A pipeline without weights, from its configs alone, and the device that it is meant for.
 
     Its UNet, ControlNets and VAE are on torch's "meta" device: they have structure, shapes and dtypes, and take no
     memory. Text encoders and tokenizers are left out. Enough to plan, to name each graph and to look for it in a cache.
 
-    Args, Raises: as of `load_pipeline`.
+    Args:
+        model, dtype, device, controlnets: as of `load_pipeline`; a model or ControlNet may also be a published
+            architecture ("arch:sdxl", see `architectures`).
+        elsewhere: it is meant for a GPU that this machine need not have.
+
+    Raises: as `load_pipeline`.
     """
     import diffusers
 
-    target, chosen = _target(model, dtype, device)
+    target, chosen = _target(model, dtype, device, elsewhere)
     with _one_line(model):
+        model, controlnets = configs_of(model), [configs_of(name, "controlnet") for name in controlnets]
         index = diffusers.DiffusionPipeline.load_config(model)
         pipeline_class = getattr(diffusers, str(index["_class_name"]))
         parts: dict[str, Any] = {}
@@ -108,15 +120,17 @@ def _weightless(kind: Any, model: str, subfolder: str | None, dtype: torch.dtype
     return made.to(dtype).eval()
 
 
-def _target(model: str, dtype: str | None, device: str | None) -> tuple[torch.device, torch.dtype]:
+def _target(
+    model: str, dtype: str | None, device: str | None, elsewhere: bool = False
+) -> tuple[torch.device, torch.dtype]:
     """The device and dtype to use; NotAPipeline where there can be no such model."""
-    folder = Path(model)
+    folder = Path(configs_of(model)) if elsewhere or is_architecture(model) else Path(model)
     if folder.exists() and not (folder / "model_index.json").is_file():
         found = "a file" if folder.is_file() else "a folder without one"
         raise NotAPipeline(f"model: expected a diffusers folder with model_index.json, got {found}: {model}")
     if not folder.exists() and not _HUB_ID.fullmatch(model):
         raise NotAPipeline(f"model: expected a diffusers folder or a hub id, got {model!r} (no such folder)")
-    target = check_device(device)
+    target = torch.device("cuda") if elsewhere else check_device(device)
     chosen = check_choice("dtype", dtype, DTYPES) if dtype else ("float16" if target.type == "cuda" else "float32")
     return target, getattr(torch, chosen)
 

@@ -18,7 +18,14 @@ from accel_hidiff.compiling.background import Background
 from accel_hidiff.compiling.blueprint import Blueprint
 from accel_hidiff.compiling.needed import Needed, Progress, compile_needed
 from accel_hidiff.compiling.pool import CompilePool, default_pool
-from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, OneDiffConfig, check_choice, check_pixels
+from accel_hidiff.config import (
+    MEMORY_FORMATS,
+    CFGPlusPlusConfig,
+    HiDiffusionConfig,
+    OneDiffConfig,
+    check_choice,
+    check_pixels,
+)
 from accel_hidiff.dispatch import ON_MISS, Dispatcher
 from accel_hidiff.errors import BadInput
 from accel_hidiff.explain import ExplainRow, Explanation, PrecompileReport
@@ -29,6 +36,7 @@ from accel_hidiff.regions import RegionGraph
 from accel_hidiff.schedule import control_steps, running_steps
 from accel_hidiff.served import REGIONS
 from accel_hidiff.stats import Stats
+from accel_hidiff.target import Target
 from accel_hidiff.undo import UndoLog
 from compile_cache import CacheKey, CompileCache
 
@@ -112,7 +120,8 @@ class Handle:
             num_inference_steps: steps of a request's schedule, at least 1: they decide which topologies occur.
             batch_sizes: UNet batches, guidance counted (1 image with guidance: 2).
             strength: of image-to-image and inpainting requests.
-            jobs: compile in so many processes, and in none of them with weights; None: in this process.
+            jobs: compile in so many processes, and in none of them with weights; None: in this process, or in one where
+                this machine has no GPU for the target.
             progress: called once before and once after each artifact.
 
         Raises:
@@ -129,6 +138,8 @@ class Handle:
         with ExitStack() as stack:
             stack.enter_context(self._graphs.in_decoder_precision())
             needed = Needed.of(binder, self._graphs.all(checked, steps, batch_sizes))
+            if jobs is None and binder.backend.target is not None and not torch.cuda.is_available():
+                jobs = 1  # what stands in for a GPU must not be seen by anything else
             own = None if jobs is None else stack.enter_context(CompilePool(jobs, niceness=0))
             return compile_needed(binder, needed, progress, own, self.blueprint)
 
@@ -189,7 +200,8 @@ class Handle:
         patch = self.patch
         told = {"family": patch.family.name, "task": patch.task, "regions": self._installed.regions_kind}
         backend = self._dispatcher.binder.backend.spec
-        return Blueprint.of(self.pipe, config=patch.config, backend=backend, **told)
+        target = self._dispatcher.binder.backend.target
+        return Blueprint.of(self.pipe, config=patch.config, backend=backend, target=target, **told)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until nothing that requests missed is queued or compiled in the background any more.
@@ -364,6 +376,8 @@ def accelerate(
     family: str | None = None,
     task: str | None = None,
     background: CompilePool | None = None,
+    target: Target | str | None = None,
+    memory_format: str | None = None,
 ) -> Handle:
     """Makes a diffusers pipeline serve compiled graphs. `pipe(...)` is called as before.
 
@@ -382,6 +396,10 @@ def accelerate(
         shapes: "symbolic": one artifact for a range of sizes; "exact": one for each size, as always with "onediff".
         family, task: as in `apply_hidiffusion`.
         background: the pool that compiles under `on_miss="background"`; None: one worker that the whole process shares.
+        target: what GPU code is compiled and looked for for, or its name ("sm_90", see `Target.parse`); None: the GPU
+            that the pipeline is on. For "aot".
+        memory_format: "channels_last" or "contiguous": the weights of convolutions are laid out so until `remove`;
+            None: as they are. Graphs of one format do not serve another one.
 
     Raises:
         NotAPipeline, UnknownLayout, BadInput: the pipeline or an option is not what it should be.
@@ -394,7 +412,9 @@ def accelerate(
     check_choice("on_miss", on_miss, ON_MISS)
     check_choice("regions", regions, REGIONS)
     check_choice("shapes", shapes, SHAPES)
-    chosen = create_backend(backend)
+    chosen = create_backend(backend, Target.parse(target) if isinstance(target, str) else target)
+    if memory_format is not None:
+        check_choice("memory_format", memory_format, MEMORY_FORMATS)
     owner, unet = find_unet(pipe)
     if owner is None:
         raise BadInput("pipe: expected a diffusers pipeline, got a bare UNet; accelerate the pipeline that holds it")
@@ -418,7 +438,7 @@ def accelerate(
         )
     shapes = "exact" if chosen.smallest_symbolic is None else shapes
     dispatcher = Dispatcher(Binder(cache, chosen, shapes, Stats()), on_miss, _hint(chosen.persistent, cache))
-    memory_format = backend.memory_format if isinstance(backend, OneDiffConfig) else None
+    memory_format = memory_format or (backend.memory_format if isinstance(backend, OneDiffConfig) else None)
     installed = Installed(pipe, dispatcher, hidiffusion or _NO_HIDIFFUSION, regions, family, task, memory_format)
     step = CompiledStep(dispatcher, unet.config.out_channels)
     guided = None if guidance is None else apply_cfgpp(pipe, config=guidance, stepper=step)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from .errors import CompileCacheError
 from .keys import JSON
@@ -19,14 +20,24 @@ _CPU_NAMES = {  # factor -> names in /proc/cpuinfo: x86 first, then Arm
 }
 _CPU_FLAGS = ("flags", "Features")
 
+HOST_LEVELS: Final = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+"""Instruction sets of a host, each with those before it (x86-64 psABI, "Micro-Architecture Levels")."""
+
+_DEFAULT_LEVEL = "x86-64-v3"
+_LEVEL_FLAGS = {  # level -> what it adds, by the names in /proc/cpuinfo
+    "x86-64-v2": {"cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"},
+    "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"},
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+}
+
 
 def environment_factors(device: str = "cpu") -> dict[str, JSON]:
     """Return the facts that code compiled here for ``device`` depends on, for use in a :class:`CacheKey`.
 
-    For every device: machine, system, C library, torch version and commit. For "cpu": vendor, family, model and
-    instruction set flags of the processor. For "cuda": CUDA and Triton versions, compute capability ("sm_90"), device
-    name and number of multiprocessors. A device index selects the device to ask and is not part of the result:
-    equal devices share artifacts.
+    For every device: machine, system, torch version and commit. For "cpu": C library, vendor, family, model and
+    instruction set flags of the processor. For "cuda": see :func:`cuda_factors`; the device's architecture is asked
+    for, and the instruction set is the default one, or the best that this machine has below it. A device index selects
+    the device to ask and is not part of the result: devices of one architecture share artifacts.
 
     Needs no compiler, and starts CUDA only for a "cuda" device.
 
@@ -42,16 +53,62 @@ def environment_factors(device: str = "cpu") -> dict[str, JSON]:
         raise CompileCacheError(f"expected the device cpu, cuda or cuda:<index>, got {device!r}; pass one of these")
     import torch
 
-    facts: dict[str, JSON] = {
+    if kind == "cuda":
+        return cuda_factors(_capability(torch, index), min(host_level(), _DEFAULT_LEVEL, key=_rank))
+    return {**_common(torch, kind), "libc": _libc(), "cpu": parse_cpuinfo(_cpuinfo())}
+
+
+def cuda_factors(architecture: str, host: str) -> dict[str, JSON]:
+    """Return the facts that code depends on which the installed torch and Triton compile for a GPU, for a key.
+
+    They are the same on the machine that compiles, which needs no GPU, and on the one that serves. The name of a device
+    and the number of its multiprocessors are not among them: cubins run on every device of their architecture.
+
+    Args:
+        architecture: "sm_90" for compute capability 9.0.
+        host: instruction set of the code that runs on the CPU, one of :data:`HOST_LEVELS` or a machine's name.
+
+    Raises:
+        CompileCacheError: the installed torch is built without CUDA.
+        ImportError: torch is not installed.
+    """
+    import torch
+
+    if torch.version.cuda is None:
+        raise CompileCacheError(
+            f"expected a CUDA build of torch, got {torch.__version__}; install one: keys of GPU code name its version"
+        )
+    versions: dict[str, JSON] = {"cuda": str(torch.version.cuda), "triton": _version("triton")}
+    return {**_common(torch, "cuda"), **versions, "capability": architecture, "host": host}
+
+
+def host_level(flags: Iterable[str] | None = None) -> str:
+    """Return the highest of :data:`HOST_LEVELS` that a processor has; the machine's name where it has none of them.
+
+    Args:
+        flags: of the processor, as ``/proc/cpuinfo`` has them; None: this machine's.
+    """
+    have = set(parse_cpuinfo(_cpuinfo())["flags"]) if flags is None else set(flags)  # type: ignore[arg-type]
+    found = platform.machine()
+    for level in HOST_LEVELS:
+        if not _LEVEL_FLAGS[level] <= have:
+            break
+        found = level
+    return found
+
+
+def _rank(level: str) -> int:
+    return HOST_LEVELS.index(level) if level in HOST_LEVELS else -1
+
+
+def _common(torch: Any, kind: str) -> dict[str, JSON]:
+    return {
         "device": kind,
         "machine": platform.machine(),
         "system": platform.system(),
-        "libc": _libc(),
         "torch": str(torch.__version__),
         "torch_git": str(torch.version.git_version),
     }
-    facts.update(_cpu() if kind == "cpu" else _cuda(torch, index))
-    return facts
 
 
 def _libc() -> str:
@@ -59,8 +116,8 @@ def _libc() -> str:
     return f"{name} {version}".strip() or "unknown"
 
 
-def _cpu() -> dict[str, JSON]:
-    return {"cpu": parse_cpuinfo(_CPUINFO.read_text("utf-8", "replace") if os.access(_CPUINFO, os.R_OK) else "")}
+def _cpuinfo() -> str:
+    return _CPUINFO.read_text("utf-8", "replace") if os.access(_CPUINFO, os.R_OK) else ""
 
 
 def parse_cpuinfo(text: str) -> dict[str, JSON]:
@@ -83,7 +140,7 @@ def parse_cpuinfo(text: str) -> dict[str, JSON]:
     return facts
 
 
-def _cuda(torch: Any, index: str) -> dict[str, JSON]:
+def _capability(torch: Any, index: str) -> str:
     if not torch.cuda.is_available():
         raise CompileCacheError(
             "expected a CUDA device, got none; install a CUDA build of torch, or use the device cpu"
@@ -92,13 +149,7 @@ def _cuda(torch: Any, index: str) -> dict[str, JSON]:
     if index and int(index) >= count:
         raise CompileCacheError(f"expected a CUDA device index under {count}, got {index}; use one that is there")
     properties = torch.cuda.get_device_properties(int(index) if index else torch.cuda.current_device())
-    return {
-        "cuda": str(torch.version.cuda),
-        "triton": _version("triton"),
-        "capability": f"sm_{properties.major}{properties.minor}",
-        "device_name": str(properties.name),
-        "multiprocessors": int(properties.multi_processor_count),
-    }
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def _version(package: str) -> str | None:

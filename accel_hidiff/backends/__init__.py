@@ -5,22 +5,36 @@ All share the small protocol `Backend`; `create_backend` makes one by name.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from accel_hidiff.backends.base import Backend, BoundRegion, Prepared
 from accel_hidiff.compat import dynamo_traces_regions, require_aot
 from accel_hidiff.config import OneDiffConfig, check_choice
 from accel_hidiff.errors import BadInput
+from accel_hidiff.target import Target
+
+if TYPE_CHECKING:
+    from accel_hidiff.crosscompile.session import Session
 
 BACKENDS = ("aot", "inductor", "onediff", "eager")
 
 __all__ = ["BACKENDS", "Backend", "BoundRegion", "Prepared", "create_backend"]
 
 
-def create_backend(spec: str | OneDiffConfig) -> Backend:
+def create_backend(spec: str | OneDiffConfig, target: Target | None = None, session: Session | None = None) -> Backend:
     """The backend of this name, or of this configuration; modules are imported when they are asked for.
 
+    Args:
+        spec: a name, or onediff's configuration.
+        target: what GPU code is for, for "aot"; None: the device that a graph is on.
+        session: compiles for the target in this process, without such a device.
+
     Raises:
-        BadInput: an unknown name, one that this torch is too old for, or onediff does not work in this environment.
+        BadInput: an unknown name, one that this torch is too old for or that has no targets, or onediff does not work
+            in this environment.
     """
+    if target is not None and spec != "aot":
+        raise BadInput(f'target: expected it with backend "aot" alone, got {spec!r}; that one compiles where it runs')
     if spec == "onediff":
         spec = OneDiffConfig()
     if isinstance(spec, OneDiffConfig):
@@ -30,7 +44,7 @@ def create_backend(spec: str | OneDiffConfig) -> Backend:
         require_aot()
         from accel_hidiff.backends.aot import AOTBackend
 
-        return AOTBackend()
+        return AOTBackend(target, session)
     if spec == "inductor":
         from accel_hidiff.backends.inductor import InductorBackend
         from accel_hidiff.backends.inductor_exact import ExactInductorBackend

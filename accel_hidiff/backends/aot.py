@@ -3,28 +3,44 @@
 Two keys as in a remote build cache: the action key (`RegionGraph.key`) comes from cheap facts; the content key comes
 from the exported program, so that a region that exports to a known graph reuses its artifact. A warm start computes
 action keys only and never traces.
+
+A package for a GPU is compiled on the device, or by a `crosscompile.Session` on a machine that has none; both are keyed
+by the `Target`, and each serves in the place of the other.
 """
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 import accel_hidiff
 from accel_hidiff.backends.aot_package import bound_call, load_package
-from accel_hidiff.backends.aot_program import export_region, program_digest, quietly, served_bucket
+from accel_hidiff.backends.aot_program import (
+    attention_calls,
+    export_region,
+    program_digest,
+    quietly,
+    served_bucket,
+    used_weights,
+)
 from accel_hidiff.backends.base import BoundRegion, Prepared, served
 from accel_hidiff.backends.sources import source_digest
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import RegionGraph
+from accel_hidiff.target import HOST_LIBRARIES, Target
 from compile_cache import CacheKey, CompileCache, Entry
 from compile_cache.environment import environment_factors
+
+if TYPE_CHECKING:
+    from accel_hidiff.crosscompile.session import Session
 
 # Passed to one compilation at a time, never set globally.
 OPTIONS: dict[str, bool | int | str] = {
@@ -32,19 +48,33 @@ OPTIONS: dict[str, bool | int | str] = {
     "always_keep_tensor_constants": True,  # else those of up to 8 numbers are: a bias of the compiled checkpoint
     "cpp.dynamic_threads": True,  # else the compiling machine's thread count is baked into the code
 }
+CUDA_OPTIONS: Final[dict[str, bool | int | str]] = {
+    "aot_inductor.embed_kernel_binary": True,  # else each kernel is a file, unpacked and read at its first call
+}
 _PACKAGE = "package.pt2"
+_SOURCES: Final = ("backends/aot.py", "backends/aot_program.py")
+_CUDA_SOURCES: Final = tuple(f"crosscompile/{name}.py" for name in ("attention", "choosing", "host", "standins"))
 
 
 class AOTBackend:
-    """Export with `torch.export`, compile with AOTInductor, load without a compiler."""
+    """Export with `torch.export`, compile with AOTInductor, load without a compiler.
+
+    Args:
+        target: what GPU code is compiled and looked for for; None: for the device that a graph is on.
+        session: compiles for the target in this process, which needs no such device; None: on the device.
+    """
 
     name = spec = "aot"
     shares = True
     smallest_symbolic = 1
     persistent = True
 
+    def __init__(self, target: Target | None = None, session: Session | None = None) -> None:
+        self.target = target
+        self._session = session
+
     def factors(self, device: torch.device) -> Mapping[str, Any]:
-        return _factors(device.type)
+        return _factors(device.type, self.target if device.type == "cuda" else None)
 
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         start = time.perf_counter()
@@ -52,23 +82,24 @@ class AOTBackend:
         action = graph.key(factors)
         if (entry := cache.get(action)) is not None:
             return Prepared(entry, False, time.perf_counter() - start)
-        program, inputs = export_region(graph)
+        session = self._session if graph.device.type == "cuda" else None
+        program, inputs = export_region(graph, None if session is None else session.making())
+        if session is not None:
+            program = session.exported(program)
         bucket = served_bucket(graph, program)
         compiler = {name: value for name, value in factors.items() if name != "versions"}  # the program says it all
-        content = CacheKey({"content": program_digest(program), **compiler})
+        made = self._made_for(graph.device)
+        content = CacheKey({"content": program_digest(program), **compiler, **made})
         compiled = False
 
         def build(directory: Path) -> Mapping[str, Any]:
             nonlocal compiled
             compiled = True
-            _compile(graph, program, directory / _PACKAGE)
-            # Processes that compile one graph at once share Inductor's own files, and can leave a package with
-            # half-written ones: what does not load is not stored.
-            advice = "nothing was stored: compile again, alone or with another TORCHINDUCTOR_CACHE_DIR"
-            loaded = load_package(graph.region.path, directory / _PACKAGE, graph.device, advice)
-            _require_free_weights(graph, program, loaded)
+            package = directory / _PACKAGE
+            _compile(graph, program, package, factors)
+            notes: dict[str, Any] = {"region": graph.region.kind, "serves": bucket.to_json(), "inputs": inputs, **made}
+            notes |= self._checked(graph, program, package, inputs)
             seconds = round(time.perf_counter() - start, 2)  # what a later estimate goes by
-            notes = {"region": graph.region.kind, "serves": bucket.to_json(), "inputs": inputs}
             return {**notes, "seconds": seconds, "weights": graph.region.weights}
 
         entry = cache.link(action, cache.get_or_build(content, build))
@@ -82,37 +113,83 @@ class AOTBackend:
         module = graph.region.graph_module(graph.traits)
         return BoundRegion(bound_call(graph.region.path, entry, _PACKAGE, module, graph.device), served(entry))
 
+    def _made_for(self, device: torch.device) -> dict[str, Any]:
+        """What steers how fast GPU code is, and where it was compiled: in its content's key, and noted."""
+        if device.type != "cuda":
+            return {}
+        if self._session is not None:
+            return {"made_for": str(self._session.target), "tuned": "by rule"}
+        return {"made_for": torch.cuda.get_device_name(device), "tuned": "on the device"}
 
-def _require_free_weights(graph: RegionGraph, program: torch.export.ExportedProgram, package: Any) -> None:
-    """CompileFailed if the package holds a weight as a constant: it would serve one checkpoint only."""
-    signature = program.graph_signature
-    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    used = {named[node.name] for node in program.graph.nodes if node.name in named and node.users}
-    if baked := sorted(used - set(package.get_constant_fqns())):
-        raise CompileFailed(
-            f"{graph.region.path}: expected a package that takes all weights from outside, {baked[0]} is a constant of "
-            "it, which no other checkpoint shares; nothing was stored: use backend='inductor' for this model"
+    def _checked(
+        self, graph: RegionGraph, program: torch.export.ExportedProgram, package: Path, inputs: list[Any]
+    ) -> dict[str, Any]:
+        """Notes on a package that holds nothing that it should not; CompileFailed for another one."""
+        from accel_hidiff.packages.archive import rewrite
+        from accel_hidiff.packages.check import Expected, refusals
+        from accel_hidiff.packages.facts import read_package
+
+        rewrite(package)
+        path, cuda, session = graph.region.path, graph.device.type == "cuda", self._session
+        if session is None:
+            # Processes that compile one graph at once share Inductor's own files, and can leave a package with
+            # half-written ones: what does not load is not stored.
+            advice = "nothing was stored: compile again, alone or with another TORCHINDUCTOR_CACHE_DIR"
+            load_package(path, package, graph.device, advice)
+        facts = read_package(package, inputs)
+        target = self.target or (Target.of_factors(self.factors(graph.device)["environment"]) if cuda else None)
+        expected = Expected(
+            weights=used_weights(program),
+            channels_last=graph.region.memory_format == torch.channels_last,
+            attentions=0 if target is None else _fused_calls(program, target),
+            architecture=None if target is None else target.architecture,
+            machine=platform.machine(),
+            versions={} if session is None else dict(HOST_LIBRARIES),
         )
+        unresolved = () if session is None else session.unresolved(facts.native, package)
+        if wrong := refusals(expected, facts, unresolved):
+            raise CompileFailed(
+                f"{path}: {wrong[0]}; nothing was stored: use backend='inductor' for this model, and report this"
+            )
+        if session is None:
+            return {}
+        kernels = [choice.to_json(session.target.profile.limits) for choice in session.take_choices()]
+        return {"kernels": kernels}
+
+
+def _fused_calls(program: torch.export.ExportedProgram, target: Target) -> int:
+    """How many of a program's calls of attention a fused kernel takes."""
+    from accel_hidiff.crosscompile.attention import PLAIN, attention_kernel
+
+    count = 0
+    for query, value, masked, grouped in attention_calls(program):
+        widths, capability = (int(query.shape[-1]), int(value.shape[-1])), target.profile.capability
+        count += attention_kernel(query.dtype, *widths, capability, masked=masked, grouped=grouped) != PLAIN
+    return count
 
 
 @lru_cache(maxsize=8)
-def _factors(device: str) -> Mapping[str, Any]:
+def _factors(device: str, target: Target | None = None) -> Mapping[str, Any]:
+    cuda = device == "cuda"
     return {
         "backend": "aot",
-        "options": dict(OPTIONS),
-        "environment": environment_factors(device),
+        "options": {**OPTIONS, **(CUDA_OPTIONS if cuda else {})},
+        "environment": environment_factors(device) if target is None else target.factors(),
         "versions": {
             "diffusers": metadata.version("diffusers"),
             "accel_hidiff": accel_hidiff.__version__,
-            "accel_hidiff source": source_digest("backends/aot.py", "backends/aot_program.py"),
+            "accel_hidiff source": source_digest(*_SOURCES, *(_CUDA_SOURCES if cuda else ())),
         },
     }
 
 
-def _compile(graph: RegionGraph, program: torch.export.ExportedProgram, path: Path) -> None:
+def _compile(graph: RegionGraph, program: Any, path: Path, factors: Mapping[str, Any]) -> None:
+    from accel_hidiff.crosscompile.host import compiling_for_host
+
+    host = factors["environment"].get("host")  # of GPU code, which other machines take; CPU code is this machine's own
     try:
-        with torch.no_grad():
-            options = {"package_path": str(path), "inductor_configs": dict(OPTIONS)}
+        with torch.no_grad(), compiling_for_host(host) if host else nullcontext():
+            options = {"package_path": str(path), "inductor_configs": dict(factors["options"])}
             quietly(torch._inductor.aoti_compile_and_package, program, **options)
     except Exception as problem:
         lines = str(problem).strip().splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -16,13 +17,20 @@ from accel_hidiff.regions import RegionGraph
 from compile_cache import Range, ShapeBucket
 
 
-def export_region(graph: RegionGraph) -> tuple[torch.export.ExportedProgram, list[Any]]:
+def export_region(
+    graph: RegionGraph, making: AbstractContextManager[Any] | None = None
+) -> tuple[torch.export.ExportedProgram, list[Any]]:
     """The exported program of a region's graph, and (shape, dtype, strides) of each of its inputs.
+
+    Args:
+        graph: of a region.
+        making: what its example inputs are made in.
 
     Raises:
         CompileFailed: it cannot be exported.
     """
-    example = graph.example()
+    with making or nullcontext():
+        example = graph.example()
     dims = {
         name: torch.export.Dim(name, min=size.minimum // size.multiple, max=size.maximum // size.multiple)
         for name, size in graph.bucket.dims.items()
@@ -78,6 +86,24 @@ def served_bucket(graph: RegionGraph, program: torch.export.ExportedProgram) -> 
             narrowed = Range(multiple * int(limits.lower), multiple * int(limits.upper), multiple)
             dims[name] = dims[name].intersect(narrowed) or narrowed
     return ShapeBucket(dims)
+
+
+def used_weights(program: torch.export.ExportedProgram) -> frozenset[str]:
+    """The names of the weights that a program reads."""
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return frozenset(named[node.name] for node in program.graph.nodes if node.name in named and node.users)
+
+
+def attention_calls(program: torch.export.ExportedProgram) -> list[tuple[Tensor, Tensor, bool, bool]]:
+    """(query, value, whether a mask is given, whether heads are grouped) of each call of attention."""
+    found = []
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            query, value = (node.args[index].meta["val"] for index in (0, 2))
+            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+            found.append((query, value, mask is not None, bool(node.kwargs.get("enable_gqa"))))
+    return found
 
 
 def program_digest(program: torch.export.ExportedProgram) -> str:

@@ -11,6 +11,7 @@ import torch
 from accel_hidiff.call import RegionCall
 from accel_hidiff.config import OneDiffConfig
 from accel_hidiff.regions import RegionGraph
+from accel_hidiff.target import Target
 from compile_cache import CacheKey, CompileCache, Entry, ShapeBucket
 
 
@@ -53,6 +54,10 @@ class Backend(Protocol):
 
     shares: bool
     """True: one compilation serves all regions whose graphs are equal."""
+
+    @property
+    def target(self) -> Target | None:
+        """What its GPU code is for, where that was told; None: the device that a graph is on."""
 
     @property
     def spec(self) -> str | OneDiffConfig:

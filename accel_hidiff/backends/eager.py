@@ -18,6 +18,7 @@ class EagerBackend:
 
     name = spec = "eager"
     shares = False
+    target = None
     smallest_symbolic = 1
     persistent = False
 

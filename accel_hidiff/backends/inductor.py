@@ -24,6 +24,7 @@ class InductorBackend:
 
     name = spec = "inductor"
     shares = False
+    target = None
     smallest_symbolic = 2  # Dynamo takes 0 and 1 for constants
     persistent = False
 

@@ -24,6 +24,7 @@ class ExactInductorBackend:
 
     name = spec = "inductor"
     shares = True
+    target = None
     smallest_symbolic = None
     persistent = False
 

@@ -47,6 +47,7 @@ class NexfortBackend:
     name = "onediff"
     smallest_symbolic = None
     shares = True
+    target = None
 
     def __init__(self, config: OneDiffConfig) -> None:
         self.spec = config

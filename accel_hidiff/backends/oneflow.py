@@ -46,6 +46,7 @@ class OneflowBackend:
     smallest_symbolic = None
     persistent = True
     shares = True
+    target = None
 
     def __init__(self, config: OneDiffConfig) -> None:
         claim_process(config.options)

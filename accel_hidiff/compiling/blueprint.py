@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from accel_hidiff.config import HiDiffusionConfig, OneDiffConfig
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import Region, RegionGraph
+from accel_hidiff.target import Target
 from accel_hidiff.undo import is_installed
 from compile_cache import ShapeBucket
 
@@ -55,6 +56,7 @@ class Blueprint:
         models: pickle of `Parts`; tensors are on torch's "meta" device.
         config, regions, family, task: what they are patched with.
         backend: compiles them.
+        target: what GPU code is for; None: the device of a job.
     """
 
     models: bytes
@@ -63,6 +65,7 @@ class Blueprint:
     family: str
     task: str
     backend: str | OneDiffConfig
+    target: Target | None = None
 
     @classmethod
     def of(
@@ -74,6 +77,7 @@ class Blueprint:
         family: str,
         task: str,
         backend: str | OneDiffConfig,
+        target: Target | None = None,
     ) -> Blueprint:
         """The blueprint of a pipeline; what is patched in it stays as it is.
 
@@ -90,11 +94,11 @@ class Blueprint:
                 f"the models cannot be described to a compiling process: {first}; compile them in this process "
                 "(handle.precompile) or keep what they hold in an importable module"
             ) from problem
-        return cls(stream.getvalue(), config, regions, family, task, backend)
+        return cls(stream.getvalue(), config, regions, family, task, backend, target)
 
     def digest(self) -> str:
         """SHA-256, 64 hex digits."""
-        told = self.config, self.regions, self.family, self.task, self.backend
+        told = self.config, self.regions, self.family, self.task, self.backend, self.target
         return hashlib.sha256(self.models + repr(told).encode()).hexdigest()
 
     def parts(self) -> Parts:

@@ -25,6 +25,7 @@ LOG: Final = logging.getLogger("accel_hidiff")
 _TICK: Final = 0.2  # seconds between two looks at a process that works
 _PATIENCE: Final = 2  # times that a graph is tried whose process died
 _ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
+_SAME_ORDER: Final = {"PYTHONHASHSEED": "0"}  # of sets in Inductor, so that two builds of a graph are the same bytes
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ class _Process:
         self._stack = ExitStack()
         try:
             work = self._stack.enter_context(cache.workspace())
-            self._child = Child("accel_hidiff.compiling.worker", [str(niceness)], work, _ONE_THREAD)
+            self._child = Child("accel_hidiff.compiling.worker", [str(niceness)], work, _ONE_THREAD | _SAME_ORDER)
         except BaseException:
             self._stack.close()
             raise

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 from accel_hidiff.compiling.frames import LOWEST_PRIORITY, Inbox, answers
@@ -28,7 +30,8 @@ class _Bench:
         from accel_hidiff.regions.step import STEP, StepRegion
         from accel_hidiff.stats import Stats
 
-        self.backend = create_backend(blueprint.backend)
+        self._session = _session(blueprint.target)
+        self.backend = create_backend(blueprint.backend, blueprint.target, self._session)
         parts = blueprint.parts()
         dispatcher = Dispatcher(Binder(None, create_backend("eager"), "symbolic", Stats()), "eager", "")
         settings = blueprint.config, blueprint.regions, blueprint.family, blueprint.task
@@ -49,7 +52,8 @@ class _Bench:
         if region is None:
             raise CompileFailed(f"{job.path}: expected a region of the blueprint, got none of this name")
         graph = job.graph(region)
-        with materialized(region.module, torch.device(job.device)):
+        stand_in = materialized if self._session is None else self._session.weightless
+        with stand_in(region.module, torch.device(job.device)):
             key = graph.key(self.backend.factors(graph.device))
             if key.digest != job.digest:
                 raise CompileFailed(
@@ -59,6 +63,18 @@ class _Bench:
             prepared = self.backend.prepare(graph, cache)
         state = "compiled" if prepared.compiled else "found"
         return {"state": state, "seconds": time.perf_counter() - start}
+
+
+def _session(target: Any) -> Any:
+    """What compiles for a target in this process until it ends, where it has no GPU; None: the device does."""
+    import torch
+
+    from accel_hidiff.crosscompile.session import Session
+
+    if target is None or torch.cuda.is_available():
+        return None
+    folder = Path(tempfile.mkdtemp())  # in the process's own folder for files, which goes with it
+    return Session(target, folder).__enter__()
 
 
 def serve(inbox: Inbox, out: IO[str]) -> None:

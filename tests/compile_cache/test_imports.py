@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from compile_cache import CacheKey, CompileCacheError, environment_factors
+from compile_cache.environment import cuda_factors
 from compile_cache import environment as module
 
 ROOT = Path(module.__file__).parents[1]  # the package need not be installed
@@ -132,10 +133,44 @@ def fake_torch(monkeypatch):
 
 def test_cuda_facts_have_no_index(fake_torch):
     facts = environment_factors("cuda:1")
-    assert facts["capability"] == "sm_90" and facts["device_name"] == "NVIDIA B" and facts["multiprocessors"] == 132
+    assert facts["capability"] == "sm_90"
     assert facts == environment_factors("cuda:2") and facts != environment_factors("cuda:0")
     assert environment_factors("cuda") == environment_factors("cuda:0")
     assert facts["cuda"] == "12.8" and "cpu" not in facts
+
+
+def test_a_machine_without_a_gpu_computes_the_key_of_one_that_has_it(fake_torch, monkeypatch):
+    monkeypatch.setattr(module, "host_level", lambda: "x86-64-v4")  # it serves code for less, too
+    there = environment_factors("cuda:1")
+    fake_torch.cuda.is_available = lambda: False
+    assert cuda_factors("sm_90", "x86-64-v3") == there
+    assert cuda_factors("sm_80", "x86-64-v3") != there != cuda_factors("sm_90", "x86-64-v2")
+
+
+def test_nothing_of_the_devices_name_or_size_is_in_a_key(fake_torch):
+    fake_torch.cuda.get_device_properties = lambda index: types.SimpleNamespace(
+        name=f"NVIDIA {index}", major=9, minor=0, multi_processor_count=100 + index
+    )
+    assert environment_factors("cuda:0") == environment_factors("cuda:2")
+
+
+def test_gpu_keys_need_a_cuda_build(fake_torch):
+    fake_torch.version.cuda = None
+    with pytest.raises(CompileCacheError, match="expected a CUDA build of torch, got 2.13.0"):
+        cuda_factors("sm_90", "x86-64-v3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "level"),
+    [
+        ("cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3", "x86-64-v2"),
+        ("cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3 avx avx2 bmi1 bmi2 f16c fma abm movbe xsave", "x86-64-v3"),
+        ("cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3 avx512f avx512bw avx512cd avx512dq avx512vl", "x86-64-v2"),
+        ("asimd", module.platform.machine()),
+    ],
+)
+def test_the_level_of_a_host(flags, level):
+    assert module.host_level(flags.split()) == level
 
 
 @pytest.mark.parametrize("device", ["tpu", "", "cuda:x", "cuda:9", "cuda:-1"])

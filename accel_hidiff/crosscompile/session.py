@@ -1,0 +1,114 @@
+"""A session: this process compiles for a target from now on, with fake weights and inputs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from accel_hidiff.crosscompile.choosing import Choice
+from accel_hidiff.crosscompile.requirements import require
+from accel_hidiff.crosscompile.standins import standing_in
+from accel_hidiff.packages.archive import read_archive
+from accel_hidiff.packages.native import NativeFacts
+from accel_hidiff.target import Target
+
+
+class Session:
+    """Compiling for a target. Enter it once in a process; what it replaces is put back at its end.
+
+    Args:
+        target: what to compile for.
+        folder: an existing one for a stand-in of the driver's library.
+
+    Attributes:
+        choices: what was taken for each Triton kernel since they were last `taken`.
+    """
+
+    def __init__(self, target: Target, folder: Path) -> None:
+        self.target = target
+        self.choices: list[Choice] = []
+        self._folder = folder
+        self._stack = ExitStack()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __enter__(self) -> Session:
+        """Raises:
+        BadInput: this machine lacks something (`requirements`).
+        CompileFailed: the driver's stand-in cannot be built.
+        """
+        require(self.target)
+        self._stack.enter_context(standing_in(self.target, self._folder, self.choices))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def take_choices(self) -> list[Choice]:
+        """The choices of the kernels that were compiled since the last time."""
+        taken, self.choices[:] = list(self.choices), []
+        return taken
+
+    @contextmanager
+    def weightless(self, module: nn.Module, device: torch.device) -> Iterator[None]:
+        """Fake tensors on the device in the place of a module's weights, and in what is made inside of the block."""
+        made: dict[int, Tensor] = {}
+        replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+        try:
+            for sub in module.modules():
+                stores: tuple[dict[str, Any], ...] = (sub._parameters, sub._buffers)
+                for held in stores:
+                    for name, tensor in held.items():
+                        if tensor is not None:
+                            if id(tensor) not in made:
+                                made[id(tensor)] = _fake(tensor, self._mode, device)
+                            replaced.append((held, name, tensor))
+                            held[name] = made[id(tensor)]
+            yield
+        finally:
+            for held, name, tensor in replaced:
+                held[name] = tensor
+
+    def making(self) -> Any:
+        """Tensors that are made inside of the block are fake."""
+        return self._mode
+
+    def unresolved(self, native: NativeFacts, package: Path) -> list[str]:
+        """The symbols of a package's library that neither torch's libraries nor the driver's stand-in have.
+
+        Args:
+            native: of the library.
+            package: the file that it is in.
+        """
+        library = self._folder / "checked.so"
+        library.write_bytes(read_archive(package).library)
+        try:
+            ctypes.CDLL(str(self._folder / "libcuda.so"), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(library), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+        except OSError as problem:
+            text = str(problem)
+            return [name for name in native.undefined if name in text] or [text.rsplit(": ", 1)[-1]]
+        finally:
+            library.unlink()
+        return []
+
+    @staticmethod
+    def exported(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+        """A program whose weights are fake tensors of the mode that export made for itself."""
+        mode = torch._guards.detect_fake_mode([node.meta.get("val") for node in program.graph.nodes])
+        weights = {name: _fake(weight, mode, weight.device) for name, weight in program.state_dict.items()}
+        program.state_dict.update(weights)
+        return program
+
+
+def _fake(like: Tensor, mode: Any, device: torch.device) -> Tensor:
+    with mode:
+        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    return nn.Parameter(made, requires_grad=False) if isinstance(like, nn.Parameter) else made
