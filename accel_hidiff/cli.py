@@ -1,4 +1,4 @@
-"""The command line: `accel-hidiff {demo,precompile,serve,generate,explain,doctor,bench}`.
+"""The command line: `accel-hidiff {demo,precompile,serve,generate,explain,inspect,doctor,bench}`.
 
 Exit codes: 0 done, 1 the work failed, 2 bad usage or bad input, with one line on stderr.
 """
@@ -27,6 +27,7 @@ from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_step
 from accel_hidiff.deploy import is_deploy_file, load_deployment, parse_size
 from accel_hidiff.errors import AccelHiDiffError, BadInput, BenchFailed, CompileFailed, DemoFailed, PatchConflict
 from accel_hidiff.files import whole_file
+from accel_hidiff.packages.command import inspect
 from accel_hidiff.precompiling.options import Options
 from accel_hidiff.schedule import running_steps
 from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey
@@ -35,6 +36,7 @@ from compile_cache.commands import open_cache
 from compile_cache.console import run_app
 
 app = typer.Typer(add_completion=False, help="Compiled HiDiffusion for diffusers pipelines.")
+app.command()(inspect)
 
 Model = Annotated[str, typer.Argument(help="A diffusers folder or a hub id (owner/name).", show_default=False)]
 Sizes = Annotated[

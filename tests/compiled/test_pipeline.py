@@ -243,7 +243,7 @@ class TestMisses:
     ) -> None:
         here = aot._factors("cpu")
         other = {**here, "environment": {**here["environment"], "torch": "2.99.0"}}
-        monkeypatch.setattr(aot, "_factors", lambda device: other)
+        monkeypatch.setattr(aot, "_factors", lambda device, target: other)
         handle = accelerate_strict(make_pipe(), cache_dir)
         with pytest.raises(ah.GraphMiss, match=r"environment\.torch: 2\.99\.0 here, 2\.\d+\.\d+\S* there"):
             request(handle.pipe)
