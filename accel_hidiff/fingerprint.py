@@ -51,10 +51,16 @@ def structure(module: nn.Module, ignore: frozenset[int] = frozenset()) -> dict[s
     """
     modules = {path or ".": _describe(path, sub, ignore) for path, sub in module.named_modules()}
     tensors = {
-        name: [list(tensor.shape), str(tensor.dtype), list(tensor.stride()), isinstance(tensor, nn.Parameter)]
+        name: [list(tensor.shape), str(tensor.dtype), _strides(tensor), isinstance(tensor, nn.Parameter)]
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
     return {"modules": modules, "tensors": tensors}
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """0 for a dimension of size 1, whose stride says nothing: weights of 1x1 convolutions are channels_last and
+    contiguous at once, and which strides they have depends on who laid them out."""
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 def fingerprint(module: nn.Module, ignore: frozenset[int] = frozenset()) -> str:

@@ -25,7 +25,7 @@ def compiling_for_host(host: str) -> Iterator[None]:
     def flags(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
         compiling, linking = plain(*args, **kwargs)
         march = [f"march={host}" if flag == "march=native" and host in _SIMD_BITS else flag for flag in compiling]
-        return [*march, *_PATHLESS], [*linking, "s"]  # and no table of local names
+        return [*march, *_PATHLESS], [*linking, "s", "Wl,--build-id=none"]  # and no table of local names
 
     vectors = {"cpp.simdlen": _SIMD_BITS[host], "cpp.vec_isa_ok": True} if host in _SIMD_BITS else {}
     with mock.patch.object(cpp_builder, "_get_optimization_cflags", flags), config.patch(vectors):

@@ -18,6 +18,7 @@ import torch
 
 from accel_hidiff.crosscompile.attention import attention_chosen
 from accel_hidiff.crosscompile.choosing import Candidate, Choice, choose
+from accel_hidiff.crosscompile.embedding import embedded
 from accel_hidiff.crosscompile.libcuda import build_stub
 from accel_hidiff.crosscompile.toolkit import cuda_home
 from accel_hidiff.packages.cubin import usage_of
@@ -52,8 +53,9 @@ def standing_in(target: Target, folder: Path, choices: list[Choice]) -> Iterator
     import triton.knobs
     import triton.runtime.driver as triton_driver
     from torch._dynamo import device_interface
+    from torch._inductor import codecache, graph
     from torch._inductor import config as inductor_config
-    from torch._inductor import graph
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.runtime import triton_helpers
     from torch._subclasses import fake_tensor
@@ -86,6 +88,10 @@ def standing_in(target: Target, folder: Path, choices: list[Choice]) -> Iterator
         # Constants are compared by address, and fake ones have none.
         replace(graph, "is_same_tensor", lambda one, other: one is other)
         replace(torch._C, "_select_conv_backend", _with_cudnn(torch._C._select_conv_backend))
+        if hasattr(codecache, "convert_cubin_to_obj"):  # later releases do as `embedded` does
+            replace(codecache, "convert_cubin_to_obj", embedded)
+        # Arrays of sizes are shared by the address of a passing object, so that two builds differ by accident.
+        replace(CppWrapperCpu, "codegen_int_array_var", _own_array)
         replace(PythonWrapperCodegen, "generate_and_run_autotune_block", _chooser(target, choices))
         stack.enter_context(attention_chosen(target.profile.capability))
         stack.enter_context(inductor_config.patch(_OPTIONS))
@@ -175,6 +181,12 @@ def _with_cudnn(select: Callable[..., Any]) -> Callable[..., Any]:
         return instead.get(found, found) if input.is_cuda and input.dtype == torch.bfloat16 else found
 
     return selected
+
+
+def _own_array(wrapper: Any, array: str, writeline: Any, known_statically: bool = False, graph: Any = None) -> str:
+    """Each use of an array of sizes declares its own."""
+    name: str = wrapper._codegen_int_array_var_impl(array, writeline, known_statically)
+    return name
 
 
 def _chooser(target: Target, choices: list[Choice]) -> Callable[[Any], None]:

@@ -282,3 +282,15 @@ def test_the_state_keeps_what_it_saw_so_that_no_new_thing_has_its_address() -> N
         block.eps = 1e-5 * float(torch.rand(()))  # the old number is free, but for the state
         block.linear.weight = nn.Parameter(torch.zeros(4, 4))
         assert ModuleState(block) != state
+
+
+def test_strides_of_dimensions_of_size_one_say_nothing() -> None:
+    def convolution(kernel: int) -> torch.nn.Module:
+        return torch.nn.Conv2d(4, 4, kernel)
+
+    def last(module: torch.nn.Module) -> torch.nn.Module:
+        return module.to(memory_format=torch.channels_last)
+
+    assert convolution(1).weight.stride() != last(convolution(1)).weight.stride()
+    assert fingerprint(convolution(1)) == fingerprint(last(convolution(1)))
+    assert fingerprint(convolution(3)) != fingerprint(last(convolution(3)))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from compile_cache import CacheKey, CompileCacheError, environment_factors
-from compile_cache.environment import cuda_factors
 from compile_cache import environment as module
+from compile_cache.environment import cuda_factors
 
 ROOT = Path(module.__file__).parents[1]  # the package need not be installed
 
@@ -156,7 +156,7 @@ def test_nothing_of_the_devices_name_or_size_is_in_a_key(fake_torch):
 
 def test_gpu_keys_need_a_cuda_build(fake_torch):
     fake_torch.version.cuda = None
-    with pytest.raises(CompileCacheError, match="expected a CUDA build of torch, got 2.13.0"):
+    with pytest.raises(CompileCacheError, match=r"expected a CUDA build of torch, got 2\.13\.0"):
         cuda_factors("sm_90", "x86-64-v3")
 
 

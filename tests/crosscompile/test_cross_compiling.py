@@ -1,0 +1,219 @@
+"""Packages that are really compiled for a GPU, without one: `scripts/test-cuda-build.sh` makes the environment.
+
+Each silent trap is opened again in one test, and the check refuses what comes of it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor.utils import fresh_cache
+
+import accel_hidiff as ah
+from accel_hidiff.backends import aot
+from accel_hidiff.compiling.blueprint import CompileJob
+from accel_hidiff.compiling.pool import CompilePool, Outcome
+from accel_hidiff.crosscompile import standins
+from accel_hidiff.crosscompile.requirements import judge, look
+from accel_hidiff.crosscompile.session import Session
+from accel_hidiff.errors import CompileFailed
+from accel_hidiff.models import load_skeleton
+from accel_hidiff.packages.cubin import usage_of
+from accel_hidiff.packages.facts import PackageFacts, read_package
+from accel_hidiff.pipeline import Handle
+from accel_hidiff.regions import RegionGraph
+from accel_hidiff.target import Target
+from compile_cache import CompileCache, Entry
+
+HERE = look()
+TARGET = Target.parse("sm_90", torch=HERE.torch or "none", triton=HERE.triton or "none")
+_MISSING = [requirement for requirement in judge(TARGET, HERE) if not requirement.met]
+pytestmark = [
+    pytest.mark.cuda_build,
+    pytest.mark.skipif(bool(_MISSING), reason=f"{_MISSING[0].part}: {_MISSING[0].detail}" if _MISSING else ""),
+]
+MODEL = str(Path(ah.__file__).parent / "demo" / "trained_model")
+RESNET, WINDOWED, DECODER = "unet.down_blocks.0.resnets.0", "unet.down_blocks.1.attentions.0", "vae.decoder"
+
+Compile = Callable[..., tuple[Entry, PackageFacts]]
+
+
+def skeleton(cache: Path, target: Target = TARGET, model: str = MODEL) -> Handle:
+    pipe, device = load_skeleton(model, "bfloat16", elsewhere=True)
+    options: dict[str, Any] = {"cache": CompileCache(cache), "target": target, "memory_format": "channels_last"}
+    handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), **options)
+    handle.meant_for = device
+    return handle
+
+
+def graph_of(handle: Handle, path: str) -> RegionGraph:
+    needed = handle.needed([(256, 256)], (20,))
+    return next(graph for graph in needed.distinct.values() if graph.region.path == path)
+
+
+@pytest.fixture
+def compile_region(tmp_path: Path) -> Compile:
+    """Compiles a region of the demo model in this process, into a cache of its own."""
+
+    def compiled(path: str, built_for: Target = TARGET, model: str = MODEL) -> tuple[Entry, PackageFacts]:
+        folder = tmp_path / f"session{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        handle = skeleton(tmp_path / "cache", model=model)
+        graph = graph_of(handle, path)
+        with (
+            fresh_cache(),  # what was compiled for another target, too
+            Session(built_for, folder) as session,
+            session.weightless(graph.region.module, graph.device),
+        ):
+            backend = aot.AOTBackend(TARGET, session)
+            entry = backend.prepare(graph, CompileCache(folder / "cache")).entry
+        return entry, read_package(Path(entry.path) / "package.pt2", entry.notes["inputs"])  # type: ignore[arg-type]
+
+    return compiled
+
+
+@pytest.fixture
+def plain_torch() -> Iterator[None]:
+    """What a session replaced is back."""
+    before = torch.cuda.is_available, torch.cuda.get_device_properties, torch._C._select_conv_backend
+    yield
+    assert before == (torch.cuda.is_available, torch.cuda.get_device_properties, torch._C._select_conv_backend)
+    assert not torch.cuda.is_initialized()
+
+
+class TestSoundPackages:
+    def test_a_residual_block(self, compile_region: Compile, plain_torch: None) -> None:
+        entry, facts = compile_region(RESNET)
+        assert facts.architectures == ("sm_90",) and facts.externs["convolution"] >= 2
+        assert all(call.arguments[0] is None or call.arguments[0].channels_last for call in facts.convolutions)
+        assert entry.notes["made_for"] == "h100" and entry.notes["tuned"] == "by rule"
+        kernels: Any = entry.notes["kernels"]
+        assert {kernel["kernel"] for kernel in kernels} == set(facts.kernels)
+        assert all(kernel["candidates"][kernel["taken"]]["registers"] > 0 for kernel in kernels)
+
+    def test_windowed_attention_is_fused(self, compile_region: Compile) -> None:
+        _, facts = compile_region(WINDOWED)
+        assert facts.externs["_scaled_dot_product_cudnn_attention"] == 2
+
+    def test_a_decoders_wide_head_writes_no_scores(self, compile_region: Compile) -> None:
+        _, facts = compile_region(DECODER, model="arch:sdxl")
+        assert facts.externs["_scaled_dot_product_efficient_attention"] == 1 and "bmm_out" not in facts.externs
+
+    def test_what_it_says_of_kernels_is_what_nvidias_tool_says(self, compile_region: Compile, tmp_path: Path) -> None:
+        import triton
+
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        _, facts = compile_region(RESNET)
+        for name, code in facts.native.cubins.items():
+            (tmp_path / "k.cubin").write_bytes(code)
+            command = [str(tool), "-res-usage", str(tmp_path / "k.cubin")]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            registers, stack = (
+                int(found[1]) for key in ("REG", "STACK") if (found := re.search(rf"{key}:(\d+)", said))
+            )
+            assert (registers, stack) == (usage_of(code)[name].registers, usage_of(code)[name].stack_bytes)
+
+
+class TestTraps:
+    """What is silent without the check."""
+
+    def test_plain_softmax_attention(self, compile_region: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(standins, "attention_chosen", lambda capability: nullcontext())
+        with pytest.raises(CompileFailed, match="expected 2 calls of a fused attention kernel, got 0"):
+            compile_region(WINDOWED)
+
+    def test_convolutions_planned_as_torchs_own(self, compile_region: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(standins, "_with_cudnn", lambda select: select)
+        with pytest.raises(CompileFailed, match=r"expected convolutions (by cuDNN|over channels_last images)"):
+            compile_region(RESNET)
+
+    def test_another_architecture(self, compile_region: Compile) -> None:
+        with pytest.raises(CompileFailed, match="expected GPU code for sm_90, got sm_80"):
+            compile_region(RESNET, built_for=replace(Target.parse("sm_80"), torch=TARGET.torch, triton=TARGET.triton))
+
+    def test_no_driver(self, compile_region: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+        def nameless(header: Path, folder: Path, compiler: str) -> Path:
+            library = folder / "libcuda.so"
+            command = [compiler, "-shared", "-xc++", "-", "-o", str(library)]
+            subprocess.run(command, input="", text=True, check=True)
+            return library
+
+        monkeypatch.setattr(standins, "build_stub", nameless)
+        with pytest.raises(CompileFailed, match=r"expected it to ask for libcuda\.so\.1|is in none"):
+            compile_region(RESNET)
+
+    def test_spills(self, compile_region: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        precompile = CachingAutotuner.precompile
+
+        def starved(self: Any, *args: Any, **kwargs: Any) -> Any:
+            for config in self.configs or []:
+                config.maxnreg, config.num_warps = 24, 1
+                config.kwargs.update({name: 1024 for name in config.kwargs if name == "XBLOCK"})
+            return precompile(self, *args, **kwargs)
+
+        monkeypatch.setattr(CachingAutotuner, "precompile", starved)
+        with pytest.raises(CompileFailed, match="expected at most 256 bytes of spilled registers in a thread, triton_"):
+            compile_region(RESNET)
+
+    def test_a_baked_weight(self, compile_region: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(aot.OPTIONS, "aot_inductor.package_constants_in_so", True)
+        monkeypatch.setitem(aot.OPTIONS, "always_keep_tensor_constants", False)
+        aot._factors.cache_clear()
+        try:
+            with pytest.raises(CompileFailed, match=r"takes all weights from outside, module\.\S+ is a constant of it"):
+                compile_region(RESNET)
+        finally:
+            aot._factors.cache_clear()
+
+
+def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
+    digests = []
+    for number in range(2):
+        cache = CompileCache(tmp_path / f"cache{number}")
+        handle = skeleton(tmp_path / f"cache{number}")
+        graph = graph_of(handle, RESNET)
+        key = handle._dispatcher.binder.key(graph)
+        ended = threading.Event()
+        outcomes: list[Outcome] = []
+
+        def done(outcome: Outcome, outcomes: list[Outcome] = outcomes, ended: threading.Event = ended) -> None:
+            outcomes.append(outcome)
+            ended.set()
+
+        with CompilePool(1, niceness=0) as pool:
+            pool.submit(CompileJob.of(graph, key.digest), handle.describe(), cache, done)
+            assert ended.wait(300)
+        assert outcomes[0].state == "compiled", outcomes[0].error
+        entry = cache.get(key)
+        assert entry is not None
+        digests.append((key.digest, entry.files["package.pt2"].sha256))
+    assert digests[0] == digests[1]
+
+
+def test_explain_finds_what_a_process_compiled(tmp_path: Path) -> None:
+    handle = skeleton(tmp_path / "cache")
+    needed = handle.needed([(256, 256)], (20,))
+    assert len(handle.to_compile(needed)) == len(needed.distinct)
+    graph = graph_of(handle, RESNET)
+    ended = threading.Event()
+    with CompilePool(1, niceness=0) as pool:
+        digest = handle._dispatcher.binder.key(graph).digest
+        pool.submit(
+            CompileJob.of(graph, digest), handle.describe(), CompileCache(tmp_path / "cache"), lambda _: ended.set()
+        )
+        assert ended.wait(300)
+    again = skeleton(tmp_path / "cache", target=Target.parse("h200"))  # another device of the architecture
+    assert len(again.to_compile(needed)) == len(needed.distinct) - 1
+    states = {row.topology: row.state for row in again.explain(256, 256, 20).rows}
+    assert all(re.match(r"missing \d+ of \d+", state) for state in states.values())

@@ -1,0 +1,109 @@
+"""What is read off real packages: the library, the GPU's code, the source, passes over memory."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from accel_hidiff.errors import CompileFailed
+from accel_hidiff.packages.archive import read_archive, rewrite
+from accel_hidiff.packages.facts import read_package
+from tests.packages.conftest import Stored
+
+
+def test_the_library_says_what_it_needs(resnet: Stored) -> None:
+    native = resnet.facts.native
+    assert {"libcuda.so.1", "libtorch_cuda.so", "libc.so.6"} <= set(native.libraries)
+    assert native.machine == "x86_64" and native.versions == {"GLIBC": "2.34", "GLIBCXX": "3.4.30"}
+    assert "aoti_torch_cuda_convolution" in native.undefined and "cuLaunchKernel" in native.undefined
+
+
+def test_the_gpus_code_is_in_the_library(resnet: Stored) -> None:
+    facts = resnet.facts
+    assert facts.architectures == ("sm_90",)
+    assert set(facts.native.cubins) == set(facts.kernels) == set(facts.usage)
+    assert all(0 < usage.registers <= 255 and usage.stack_bytes == 0 for usage in facts.usage.values())
+    assert facts.code_bytes < facts.size
+
+
+def test_calls_and_weights_of_a_residual_block(resnet: Stored) -> None:
+    facts = resnet.facts
+    names = {weight.name for weight in facts.wrapper.weights}
+    assert {"module.conv1.weight", "module.norm2.bias", "module.time_emb_proj.weight"} <= names
+    assert facts.externs["convolution"] >= 2 and facts.externs["addmm_out"] == 1
+    first = facts.convolutions[0]
+    image, weight = first.arguments[0], first.arguments[1]
+    assert image is not None and weight is not None and first.out is not None
+    batch, channels, height, width = resnet.notes["inputs"][0][0]
+    assert image.sizes == (batch, channels, height, width)
+    assert weight.sizes[1] == channels and first.out.sizes == (batch, weight.sizes[0], height, width)
+    assert image.bytes == batch * channels * height * width * 2  # bfloat16
+
+
+def test_sizes_are_worked_out_for_the_inputs_that_are_given(resnet: Stored) -> None:
+    (sizes, dtype, _), *rest = resnet.notes["inputs"]
+    batch, channels, height, width = sizes
+    twice = (batch, channels, 2 * height, 2 * width)
+    strides = (4 * channels * height * width, 4 * height * width, 2 * width, 1)
+    larger = read_package(resnet.path, [(twice, dtype, strides), *rest])
+    small, large = resnet.facts.passes(), larger.passes()
+    assert 3.9 < large.triton_bytes / small.triton_bytes < 4.1
+    assert large.over_least == pytest.approx(small.over_least, rel=0.05) and large.over_least > 1
+
+
+def test_the_transformers_attention_and_windows(transformer: Stored) -> None:
+    facts = transformer.facts
+    assert facts.externs["_scaled_dot_product_cudnn_attention"] == 2
+    assert sum(kernel.divisions for kernel in facts.kernels.values()) > 10  # the order of windows, for each number
+    query = next(call for call in facts.wrapper.calls if "cudnn" in call.name).arguments[0]
+    batch, _, height, width = transformer.notes["inputs"][0][0]
+    assert query is not None and query.sizes[0] == 4 * batch and query.sizes[2] == height * width // 4  # in windows
+
+
+def test_rewriting_is_done_once_and_leaves_no_place(resnet: Stored, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.pt2"
+    copy.write_bytes(resnet.path.read_bytes())
+    rewrite(copy)
+    assert copy.read_bytes() == resnet.path.read_bytes()
+    with zipfile.ZipFile(copy) as archive:
+        assert all(entry.date_time == (1980, 1, 1, 0, 0, 0) for entry in archive.infolist())
+        text = b"".join(archive.read(name) for name in archive.namelist())
+    assert not any(place in text for place in (b"/tmp/", b"/home/", b"site-packages", b"torchinductor"))
+
+
+def test_two_archives_of_the_same_files_become_the_same(tmp_path: Path) -> None:
+    def archive(name: str, stem: str, place: str) -> Path:
+        path = tmp_path / name
+        with zipfile.ZipFile(path, "w") as made:
+            made.writestr(f"{name}/.data/serialization_id", stem[:8])
+            made.writestr(f"{name}/data/aotinductor/model/{stem}.wrapper.so", b"\x7fELF")
+            source = f"int f();\n// Compile cmd\n// g++ {place}/a.cpp\n// in {place}/{stem}.wrapper.cpp\n"
+            made.writestr(f"{name}/data/aotinductor/model/{stem}.wrapper.cpp", source)
+        rewrite(path)
+        return path
+
+    one = archive("one.pt2", "c" + "a" * 51, "/tmp/first/place")
+    other = archive("other.pt2", "c" + "b7" * 25 + "c", "/var/second")
+    assert one.read_bytes() == other.read_bytes()
+    assert "int f();\n// in model.wrapper.cpp\n" in read_archive(one).wrapper
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"not a zip archive at all"])
+def test_what_is_no_package(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pt2").write_bytes(content)
+    with pytest.raises(CompileFailed, match="expected a package of AOTInductor"):
+        read_package(tmp_path / "x.pt2", [])
+
+
+def test_a_source_of_another_form_is_named(resnet: Stored, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.pt2"
+    with zipfile.ZipFile(resnet.path) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("wrapper.cpp"):
+                data = data.replace(b"run_impl(", b"execute(")
+            new.writestr(name, data)
+    with pytest.raises(CompileFailed, match="without run_impl"):
+        read_package(changed, resnet.notes["inputs"])
