@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from accel_hidiff.config import (
     FAMILIES,
+    MEMORY_FORMATS,
     TASKS,
     CFGPlusPlusConfig,
     OneDiffConfig,
@@ -128,6 +129,8 @@ class ModelTable:
         backend, regions, shapes: as in `accelerate`.
         onediff: a table with the fields of `OneDiffConfig`, for backend "onediff".
         dtype, device: as in `load_pipeline`.
+        target: GPU to compile for, which need not be where `precompile` runs: "sm_90", "h200", see `Target.parse`.
+        memory_format: "channels_last" or "contiguous", of the convolutions' weights; None: as the model has it.
         on_miss: "background", "eager" or "error": what `serve` does for a size that is not compiled.
     """
 
@@ -149,6 +152,8 @@ class ModelTable:
     shapes: str = "symbolic"
     dtype: str | None = None
     device: str | None = None
+    target: str | None = None
+    memory_format: str | None = None
     on_miss: str = "background"
 
     def __post_init__(self) -> None:
@@ -169,7 +174,11 @@ class ModelTable:
         check_choice("models.regions", self.regions, ("blocks", "whole"))
         check_choice("models.shapes", self.shapes, ("symbolic", "exact"))
         check_choice("models.on_miss", self.on_miss, SERVICE_ON_MISS)
-        for option in ("scheduler", "device"):
+        if self.memory_format is not None:
+            check_choice("models.memory_format", self.memory_format, MEMORY_FORMATS)
+        if self.target is not None and self.backend != "aot":
+            raise BadInput(f'models.target: expected it with backend = "aot" alone, got {self.backend!r}')
+        for option in ("scheduler", "device", "target"):
             _optional(f"models.{option}", getattr(self, option), _text)
         if self.aspect_ratios is not None and not isinstance(self.aspect_ratios, AspectRatios):
             raise BadInput(f"models.aspect_ratios: expected a table with scale, got {self.aspect_ratios!r}")
@@ -264,6 +273,11 @@ class Deployment:
         names = [model.name for model in self.models]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise BadInput(f"models.name: expected unique names, got {repeated[0]!r} twice")
+
+    def for_target(self, target: str) -> Deployment:
+        """The same with every model that keeps artifacts compiled for this GPU."""
+        models = (dataclasses.replace(m, target=target) if m.backend == "aot" else m for m in self.models)
+        return dataclasses.replace(self, models=tuple(models))
 
     def model(self, name: str | None = None) -> ModelTable:
         """The model of this name; None: the first one. BadInput, with the names that there are, if it is unknown."""

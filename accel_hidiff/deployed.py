@@ -49,7 +49,8 @@ def open_deployed_model(
         NotAPipeline, UnknownLayout, BadInput: the model or a setting is not what it should be.
     """
     arguments = model.model, model.dtype, model.device, model.controlnets
-    pipe, target = (load_pipeline(*arguments), None) if weights else load_skeleton(*arguments)
+    elsewhere = model.target is not None
+    pipe, target = (load_pipeline(*arguments), None) if weights else load_skeleton(*arguments, elsewhere=elsewhere)
     if model.scheduler is not None:
         pipe.scheduler = _scheduler(model.scheduler, pipe.scheduler.config)
     handle = accelerate(
@@ -63,6 +64,8 @@ def open_deployed_model(
         shapes=model.shapes,
         family=model.family,
         task=model.task,
+        target=model.target,
+        memory_format=model.memory_format,
         **options,
     )
     handle.meant_for = target

@@ -35,6 +35,10 @@ def load_pipeline(
         NotAPipeline: there is no such model, or it is no pipeline with a UNet.
         BadInput: the dtype or the device cannot be used here.
     """
+    if is_architecture(model):
+        raise NotAPipeline(
+            f"model: expected one with weights, got the architecture {model!r}; name a folder or a hub id to run it"
+        )
     target, chosen = _target(model, dtype, device)
 
     import diffusers  # it imports a class, and what that one needs, when it is asked for

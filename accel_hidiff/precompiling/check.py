@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from accel_hidiff.precompiling.estimate import TABLE_FROM, WHOLE, Estimator, samples_of, wall_seconds
+from accel_hidiff.precompiling.estimate import CUDA_FROM, TABLE_FROM, WHOLE, Estimator, samples_of, wall_seconds
 from accel_hidiff.precompiling.plan import Plan, PlannedModel, costs_of
 from accel_hidiff.regions import RegionGraph
 
@@ -149,6 +149,7 @@ class EstimateReport:
         minutes: wall time.
         bases: how many artifacts were estimated from what: "same kind", "other kinds", "table".
         measured: artifacts in this cache that were measured when they were compiled.
+        tables: where the table is from.
         low: of whole models with symbolic sizes, which take far longer than anything in the table.
     """
 
@@ -158,6 +159,7 @@ class EstimateReport:
     minutes: float
     bases: dict[str, int]
     measured: int
+    tables: str
     low: int
 
     @property
@@ -174,8 +176,8 @@ class EstimateReport:
         """What the estimate rests on, in words."""
         texts = {
             "same kind": f"{{}} from {self.measured} artifacts that were compiled into this cache, of the same kind",
-            "other kinds": f"{{}} from the table ({TABLE_FROM}), scaled by {self.measured} artifacts in this cache",
-            "table": f"{{}} from the table ({TABLE_FROM}): no artifact in this cache tells",
+            "other kinds": f"{{}} from the table ({self.tables}), scaled by {self.measured} artifacts in this cache",
+            "table": f"{{}} from the table ({self.tables}): no artifact in this cache tells",
         }
         told = [texts[base].format(count) for base, count in self.bases.items()]
         if self.low:
@@ -232,7 +234,8 @@ def estimate(plan: Plan, jobs: int) -> EstimateReport:
     bases = Counter(cost.base for cost in every)
     low = sum(_is_low(graph, known) for graph in graphs)
     minutes = wall_seconds(every, jobs) / 60
-    return EstimateReport(plan.file, models, jobs, minutes, dict(bases), len(samples), low)
+    tables = dict.fromkeys(CUDA_FROM if graph.device.type == "cuda" else TABLE_FROM for graph in graphs)
+    return EstimateReport(plan.file, models, jobs, minutes, dict(bases), len(samples), "; ".join(tables), low)
 
 
 def _is_low(graph: RegionGraph, known: set[str]) -> bool:

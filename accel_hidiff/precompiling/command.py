@@ -45,6 +45,8 @@ def precompile_file(file: str, options: Options) -> int:
 
 def _precompile(file: str, options: Options) -> int:
     deployment = load_deployment(file)
+    if options.target is not None:
+        deployment = deployment.for_target(options.target)
     chosen = options.workers()
     plan = make_plan(shlex.quote(file), deployment, storing=not options.check)
     if options.check:

@@ -49,6 +49,14 @@ TABLE: Final[Mapping[str, Line]] = {
     "transformer": Line(10.4, 0.0523, 1.79e6, 5100.0),
     "unet": Line(0.0, 0.0704, 0.0, 9420.0),
 }
+CUDA_FROM: Final = "benchmarks/results/compile_cuda.json: one core of the same, torch 2.11.0, for sm_90 without a GPU"
+CUDA_TABLE: Final[Mapping[str, Line]] = {
+    "cfgpp step": Line(10.0, 0.0, 3.5e5, 0.0),
+    "decoder": Line(0.0, 0.4, 0.0, 1.0e4),
+    "resnet": Line(8.0, 0.2, 4.4e5, 1.0e3),
+    "transformer": Line(10.0, 0.09, 4.5e5, 2.0e3),
+}
+TABLES: Final = {"cpu": TABLE, "cuda": CUDA_TABLE}
 
 
 @dataclass(frozen=True)
@@ -91,11 +99,11 @@ class Estimator:
 
     Args:
         samples: what is known of artifacts that exist.
-        table: cost by kind of region, where nothing is known.
+        tables: for each type of device, cost by kind of region, where nothing is known.
     """
 
-    def __init__(self, samples: Iterable[Sample], table: Mapping[str, Line] = TABLE) -> None:
-        self._table = table
+    def __init__(self, samples: Iterable[Sample], tables: Mapping[str, Mapping[str, Line]] = TABLES) -> None:
+        self._tables = tables
         self._by_device: dict[str, list[Sample]] = {}
         for sample in samples:
             self._by_device.setdefault(sample.device, []).append(sample)
@@ -108,20 +116,21 @@ class Estimator:
             device: type of the device that it is for.
             weights: weight tensors of its region.
         """
-        seconds, size = self._line(region).at(weights)
+        seconds, size = self._line(region, device).at(weights)
         samples = self._by_device.get(device, [])
         same = [sample for sample in samples if sample.region == region]
         scales = self._scales(same or samples)
         base = "same kind" if same else "other kinds" if samples else "table"
         return Cost(seconds * scales[0], size * scales[1], base)
 
-    def _line(self, region: str) -> Line:
-        return self._table.get(region) or self._table["unet"]  # a whole ControlNet is half a UNet
+    def _line(self, region: str, device: str) -> Line:
+        table = self._tables.get(device) or self._tables["cpu"]
+        return table.get(region) or table.get("unet") or self._tables["cpu"]["unet"]  # a ControlNet is half a UNet
 
     def _scales(self, samples: Sequence[Sample]) -> tuple[float, float]:
         if not samples:
             return 1.0, 1.0
-        told = [self._line(sample.region).at(sample.weights) for sample in samples]
+        told = [self._line(sample.region, sample.device).at(sample.weights) for sample in samples]
         seconds = sum(sample.seconds for sample in samples) / sum(each[0] for each in told)
         return seconds, sum(sample.bytes for sample in samples) / sum(each[1] for each in told)
 

@@ -10,7 +10,7 @@ from accel_hidiff.precompiling.machine import Workers, this_machine, workers
 from compile_cache import commands
 
 _FILE_ONLY = ("check", "dry_run", "max_memory")
-_BOTH = ("model", "jobs", "as_json")
+_BOTH = ("model", "jobs", "target", "as_json")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Options:
     Attributes:
         check: only say what is missing.
         dry_run: only estimate.
+        target: GPU to compile for, in place of what the file says; None: what it says.
         jobs: compiling processes; None: see `machine.workers`.
         max_memory: bytes of each, as text such as "8GB"; None: see `machine.workers`.
         as_json: JSON on stdout.
@@ -30,6 +31,7 @@ class Options:
 
     check: bool = False
     dry_run: bool = False
+    target: str | None = None
     jobs: int | None = None
     max_memory: str | None = None
     as_json: bool = False
@@ -57,7 +59,7 @@ class Options:
                 raise BadInput(f"{option}: expected no such option with a deploy file, got it; say it in the file")
             if not file and name in _FILE_ONLY:
                 raise BadInput(f"{option}: expected a deploy file (.toml) with it, got a model; see docs/deploy.md")
-        return cls(**{name: context.params[name] for name in (*_FILE_ONLY, "jobs", "as_json")})
+        return cls(**{name: context.params[name] for name in (*_FILE_ONLY, "jobs", "target", "as_json")})
 
     def workers(self) -> Workers:
         """The compiling processes that they ask for on this machine."""

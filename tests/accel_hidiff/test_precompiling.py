@@ -35,22 +35,22 @@ LINES = {"resnet": Line(4.0, 1.0, 1e6, 0.0), "unet": Line(10.0, 0.5, 2e6, 1e3)}
 
 class TestEstimator:
     def test_the_table_where_nothing_is_known(self) -> None:
-        assert Estimator([], LINES).cost("resnet", "cpu", 10) == Cost(14.0, 1e6, "table")
+        assert Estimator([], {"cpu": LINES}).cost("resnet", "cpu", 10) == Cost(14.0, 1e6, "table")
 
     def test_a_kind_that_the_table_lacks_counts_as_a_unet(self) -> None:
-        assert Estimator([], LINES).cost("controlnet", "cpu", 100) == Cost(60.0, 2.1e6, "table")
+        assert Estimator([], {"cpu": LINES}).cost("controlnet", "cpu", 100) == Cost(60.0, 2.1e6, "table")
 
     def test_artifacts_of_the_kind_scale_its_line(self) -> None:
         samples = [Sample("resnet", "cpu", 10, 28.0, 500_000), Sample("unet", "cpu", 0, 100.0, 2_000_000)]
-        assert Estimator(samples, LINES).cost("resnet", "cpu", 16) == Cost(40.0, 5e5, "same kind")
+        assert Estimator(samples, {"cpu": LINES}).cost("resnet", "cpu", 16) == Cost(40.0, 5e5, "same kind")
 
     def test_artifacts_of_other_kinds_scale_the_table(self) -> None:
         samples = [Sample("resnet", "cpu", 10, 7.0, 2_000_000)]
-        assert Estimator(samples, LINES).cost("unet", "cpu", 20) == Cost(10.0, 4.04e6, "other kinds")
+        assert Estimator(samples, {"cpu": LINES}).cost("unet", "cpu", 20) == Cost(10.0, 4.04e6, "other kinds")
 
     def test_artifacts_for_another_device_say_nothing(self) -> None:
         samples = [Sample("resnet", "cuda", 10, 140.0, 1)]
-        assert Estimator(samples, LINES).cost("resnet", "cpu", 10).base == "table"
+        assert Estimator(samples, {"cpu": LINES}).cost("resnet", "cpu", 10).base == "table"
 
     def test_wall_time_is_shared_but_no_shorter_than_the_longest(self) -> None:
         costs = [Cost(seconds, 0, "table") for seconds in (30.0, 10.0, 20.0)]
