@@ -139,7 +139,7 @@ class Binder:
         with self._lock:
             entry = self._entries.get(key.digest)
             if entry is None:
-                entry = self.cache.get(key)
+                entry = next(filter(None, map(self.cache.get, self.backend.places(key))), None)
                 if entry is not None:
                     self._entries[key.digest] = entry
                     self.stats.loads += 1

@@ -1,4 +1,4 @@
-"""The command line: `accel-hidiff {demo,precompile,serve,generate,explain,inspect,doctor,bench}`.
+"""The command line: `accel-hidiff {demo,precompile,serve,generate,explain,inspect,tune,doctor,bench}`.
 
 Exit codes: 0 done, 1 the work failed, 2 bad usage or bad input, with one line on stderr.
 """
@@ -79,6 +79,9 @@ TargetName = Annotated[
 ]
 MemoryFormat = Annotated[
     str | None, typer.Option(help="channels_last or contiguous: of the convolutions; as the model has it by default.")
+]
+Variant = Annotated[
+    str | None, typer.Option(help="tuned: artifacts that `tune` found better on this device come first.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -169,6 +172,43 @@ def precompile(
 
 
 @app.command()
+def tune(
+    model: Model,
+    size: Sizes,
+    steps: Steps = 30,
+    cache: CacheDir = _CACHE,
+    batch: Annotated[list[int], typer.Option(help="UNet batch, guidance counted; repeat for more.")] = [2],  # noqa: B006
+    rounds: Annotated[int, typer.Option(help="Timed turns of each artifact.")] = 15,
+    family: Family = None,
+    task: Task = None,
+    controlnet: ControlNets = [],  # noqa: B006
+    dtype: Dtype = None,
+    device: Device = None,
+    memory_format: MemoryFormat = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile each artifact once more on the device that it runs on, and keep the faster one as the variant "tuned"."""
+    from accel_hidiff.models import load_pipeline
+    from accel_hidiff.tuning import Tuned
+    from accel_hidiff.tuning import tune as tune_handle
+
+    sizes = [parse_size(text) for text in size]
+    options = {"cache": open_cache(cache), "family": family, "task": task, "memory_format": memory_format}
+    handle = _accelerate(load_pipeline(model, dtype, device, controlnet), **options)
+
+    def show(tuned: Tuned) -> None:
+        times = f"{tuned.before_ms:9.3f} -> {tuned.after_ms:9.3f} ms" if tuned.before_ms else ""
+        Console(stderr=True).print(f"{tuned.state:8} {times}  {tuned.region}", highlight=False)
+
+    rows = tune_handle(handle, sizes, steps, batch_sizes=batch, rounds=rounds, progress=show)
+    if as_json:
+        _print([row.to_json() for row in rows])
+        return
+    counts = {state: sum(row.state == state for row in rows) for state in ("tuned", "kept", "known", "missing")}
+    print(", ".join(f"{count} {state}" for state, count in counts.items() if count))
+
+
+@app.command()
 def generate(
     model: Model,
     size: Sizes,
@@ -188,6 +228,8 @@ def generate(
     trust: Trust = [],  # noqa: B006
     dtype: Dtype = None,
     device: Device = None,
+    memory_format: MemoryFormat = None,
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate one PNG per size."""
@@ -201,6 +243,7 @@ def generate(
     store = _open_cache(cache, remote, trust)
     out.mkdir(parents=True, exist_ok=True)
     options = {"cache": store, "backend": backend, "on_miss": on_miss, "regions": regions, "shapes": shapes}
+    options |= {"memory_format": memory_format, "variant": variant}
     handle = _accelerate(load_pipeline(model, dtype, device), family=family, guidance=guidance, **options)
     pipe = handle.pipe
     pipe.set_progress_bar_config(disable=as_json)
@@ -266,6 +309,7 @@ def explain(
     device: Device = None,
     target: TargetName = None,
     memory_format: MemoryFormat = None,
+    variant: Variant = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which graph runs at which step, and whether the cache holds it. Loads no weights."""
@@ -273,7 +317,7 @@ def explain(
     running_steps(steps, strength)
     store = _open_cache(cache, remote, trust)
     options = {"cache": store, "backend": backend, "regions": regions, "shapes": shapes, "memory_format": memory_format}
-    options |= {"family": family, "task": task, "guidance": _cfgpp(cfgpp)}
+    options |= {"family": family, "task": task, "guidance": _cfgpp(cfgpp), "variant": variant}
     handle = _skeleton((model, dtype, device, controlnet), target, options)
     explanations = [handle.explain(height, width, steps, strength=strength) for height, width in sizes]
     if plot is not None:

@@ -378,6 +378,7 @@ def accelerate(
     background: CompilePool | None = None,
     target: Target | str | None = None,
     memory_format: str | None = None,
+    variant: str | None = None,
 ) -> Handle:
     """Makes a diffusers pipeline serve compiled graphs. `pipe(...)` is called as before.
 
@@ -400,6 +401,7 @@ def accelerate(
             that the pipeline is on. For "aot".
         memory_format: "channels_last" or "contiguous": the weights of convolutions are laid out so until `remove`;
             None: as they are. Graphs of one format do not serve another one.
+        variant: "tuned": artifacts that `tune` found better on this device come first; None: those as compiled.
 
     Raises:
         NotAPipeline, UnknownLayout, BadInput: the pipeline or an option is not what it should be.
@@ -412,7 +414,7 @@ def accelerate(
     check_choice("on_miss", on_miss, ON_MISS)
     check_choice("regions", regions, REGIONS)
     check_choice("shapes", shapes, SHAPES)
-    chosen = create_backend(backend, Target.parse(target) if isinstance(target, str) else target)
+    chosen = create_backend(backend, Target.parse(target) if isinstance(target, str) else target, variant=variant)
     if memory_format is not None:
         check_choice("memory_format", memory_format, MEMORY_FORMATS)
     owner, unet = find_unet(pipe)

@@ -17,22 +17,33 @@ if TYPE_CHECKING:
     from accel_hidiff.crosscompile.session import Session
 
 BACKENDS = ("aot", "inductor", "onediff", "eager")
+VARIANTS = ("tuned",)
 
 __all__ = ["BACKENDS", "Backend", "BoundRegion", "Prepared", "create_backend"]
 
 
-def create_backend(spec: str | OneDiffConfig, target: Target | None = None, session: Session | None = None) -> Backend:
+def create_backend(
+    spec: str | OneDiffConfig,
+    target: Target | None = None,
+    session: Session | None = None,
+    variant: str | None = None,
+) -> Backend:
     """The backend of this name, or of this configuration; modules are imported when they are asked for.
 
     Args:
         spec: a name, or onediff's configuration.
         target: what GPU code is for, for "aot"; None: the device that a graph is on.
         session: compiles for the target in this process, without such a device.
+        variant: "tuned", for "aot": artifacts that were tuned on this device come first.
 
     Raises:
         BadInput: an unknown name, one that this torch is too old for or that has no targets, or onediff does not work
             in this environment.
     """
+    if variant is not None:
+        check_choice("variant", variant, VARIANTS)
+        if spec != "aot":
+            raise BadInput(f'variant: expected it with backend "aot" alone, got {spec!r}; that one keeps none')
     if target is not None and spec != "aot":
         raise BadInput(f'target: expected it with backend "aot" alone, got {spec!r}; that one compiles where it runs')
     if spec == "onediff":
@@ -44,7 +55,7 @@ def create_backend(spec: str | OneDiffConfig, target: Target | None = None, sess
         require_aot()
         from accel_hidiff.backends.aot import AOTBackend
 
-        return AOTBackend(target, session)
+        return AOTBackend(target, session, variant)
     if spec == "inductor":
         from accel_hidiff.backends.inductor import InductorBackend
         from accel_hidiff.backends.inductor_exact import ExactInductorBackend

@@ -51,6 +51,7 @@ OPTIONS: dict[str, bool | int | str] = {
 CUDA_OPTIONS: Final[dict[str, bool | int | str]] = {
     "aot_inductor.embed_kernel_binary": True,  # else each kernel is a file, unpacked and read at its first call
 }
+TUNED: Final = "tuned"
 _PACKAGE = "package.pt2"
 _SOURCES: Final = ("backends/aot.py", "backends/aot_program.py")
 _CUDA_SOURCES: Final = tuple(f"crosscompile/{name}.py" for name in ("attention", "choosing", "host", "standins"))
@@ -62,6 +63,7 @@ class AOTBackend:
     Args:
         target: what GPU code is compiled and looked for for; None: for the device that a graph is on.
         session: compiles for the target in this process, which needs no such device; None: on the device.
+        variant: "tuned": artifacts that were tuned on this device (`tuning`) are used where there are any.
     """
 
     name = spec = "aot"
@@ -69,19 +71,43 @@ class AOTBackend:
     smallest_symbolic = 1
     persistent = True
 
-    def __init__(self, target: Target | None = None, session: Session | None = None) -> None:
+    def __init__(
+        self, target: Target | None = None, session: Session | None = None, variant: str | None = None
+    ) -> None:
         self.target = target
+        self.variant = variant
         self._session = session
 
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         return _factors(device.type, self.target if device.type == "cuda" else None)
 
+    def places(self, key: CacheKey) -> tuple[CacheKey, ...]:
+        return (tuned_key(key), key) if self.variant == TUNED else (key,)
+
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         start = time.perf_counter()
-        factors = self.factors(graph.device)
-        action = graph.key(factors)
+        action = graph.key(self.factors(graph.device))
         if (entry := cache.get(action)) is not None:
             return Prepared(entry, False, time.perf_counter() - start)
+        entry, compiled = self.compile(graph, cache)
+        return Prepared(cache.link(action, entry), compiled, time.perf_counter() - start)
+
+    def compile(
+        self, graph: RegionGraph, cache: CompileCache, options: Mapping[str, Any] | None = None
+    ) -> tuple[Entry, bool]:
+        """The artifact of a graph under its content's key, and whether it was compiled now.
+
+        Args:
+            graph: of a region.
+            cache: keeps it.
+            options: more options of Inductor, which are a part of the content's key.
+
+        Raises:
+            CompileFailed: it cannot be exported or compiled, or holds what it should not.
+        """
+        start = time.perf_counter()
+        factors = self.factors(graph.device)
+        factors = {**factors, "options": {**factors["options"], **(options or {})}}
         session = self._session if graph.device.type == "cuda" else None
         program, inputs = export_region(graph, None if session is None else session.making())
         if session is not None:
@@ -102,8 +128,7 @@ class AOTBackend:
             seconds = round(time.perf_counter() - start, 2)  # what a later estimate goes by
             return {**notes, "seconds": seconds, "weights": graph.region.weights}
 
-        entry = cache.link(action, cache.get_or_build(content, build))
-        return Prepared(entry, compiled, time.perf_counter() - start)
+        return cache.get_or_build(content, build), compiled
 
     def ready(self, key: CacheKey) -> bool:
         return False
@@ -155,6 +180,12 @@ class AOTBackend:
             return {}
         kernels = [choice.to_json(session.target.profile.limits) for choice in session.take_choices()]
         return {"kernels": kernels}
+
+
+def tuned_key(key: CacheKey) -> CacheKey:
+    """Where the artifact of a graph is that was tuned on this machine's device."""
+    device = torch.cuda.get_device_name() if key.factors["device"] == "cuda" else "cpu"
+    return CacheKey({**key.factors, "variant": {"name": TUNED, "device": device}})
 
 
 def _fused_calls(program: torch.export.ExportedProgram, target: Target) -> int:

@@ -70,6 +70,10 @@ class Backend(Protocol):
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         """Everything that an artifact depends on besides its region: environment, versions, every compile option."""
 
+    def places(self, key: CacheKey) -> tuple[CacheKey, ...]:
+        """The keys that a graph's artifact may be stored under, the best first: `key` itself is among them. Persistent
+        backends only."""
+
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         """Compiles a graph into the cache, or finds that an equal graph is there already. Persistent backends only.
 

@@ -25,6 +25,9 @@ class EagerBackend:
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         return {"backend": self.name}
 
+    def places(self, key: CacheKey) -> tuple[CacheKey, ...]:
+        return (key,)
+
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         raise CompileFailed("the eager backend compiles nothing; use backend='aot' to fill a cache")
 

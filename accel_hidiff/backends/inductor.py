@@ -31,6 +31,9 @@ class InductorBackend:
     def factors(self, device: torch.device) -> Mapping[str, Any]:
         return {"backend": self.name}
 
+    def places(self, key: CacheKey) -> tuple[CacheKey, ...]:
+        return (key,)
+
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         raise CompileFailed("the inductor backend stores nothing; use backend='aot' to fill a cache")
 

@@ -65,6 +65,9 @@ class NexfortBackend:
             **_environment(device.type),
         }
 
+    def places(self, key: CacheKey) -> tuple[CacheKey, ...]:
+        return (key,)
+
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         if not self.persistent:
             raise CompileFailed('nexfort\'s mode "jit" leaves nothing to store; use another mode, or backend="aot"')

@@ -68,6 +68,9 @@ class OneflowBackend:
             "accel_hidiff source": source_digest("backends/oneflow.py"),
         }
 
+    def places(self, key: CacheKey) -> tuple[CacheKey, ...]:
+        return (key,)
+
     def prepare(self, graph: RegionGraph, cache: CompileCache) -> Prepared:
         start = time.perf_counter()
         compiled = False
