@@ -16,9 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from accel_hidiff.crosscompile.choosing import Choice
 from accel_hidiff.crosscompile.requirements import require
 from accel_hidiff.crosscompile.standins import standing_in
+from accel_hidiff.errors import BadInput
 from accel_hidiff.packages.archive import read_archive
 from accel_hidiff.packages.native import NativeFacts
 from accel_hidiff.target import Target
+
+_compiled_for: dict[str, Target] = {}  # of this process
 
 
 class Session:
@@ -41,10 +44,15 @@ class Session:
 
     def __enter__(self) -> Session:
         """Raises:
-        BadInput: this machine lacks something (`requirements`).
+        BadInput: this machine lacks something (`requirements`), or this process compiled for another target.
         CompileFailed: the driver's stand-in cannot be built.
         """
         require(self.target)
+        if _compiled_for.setdefault("target", self.target) != self.target:
+            raise BadInput(
+                f"target: expected {_compiled_for['target']}, which this process compiled for, got {self.target}; "
+                "torch remembers facts of the device: compile for each target in a process of its own"
+            )
         self._stack.enter_context(standing_in(self.target, self._folder, self.choices))
         return self
 
