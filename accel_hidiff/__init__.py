@@ -41,6 +41,8 @@ _HOME = {
     "PipelineBusy": "errors",
     "GraphMiss": "errors",
     "CompileFailed": "errors",
+    "OutOfMemory": "errors",
+    "DeviceLost": "errors",
 }
 _MODULES = ("schedulers",)
 __all__ = ["__version__", *sorted((*_HOME, *_MODULES))]  # noqa: PLE0604
