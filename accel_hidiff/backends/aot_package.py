@@ -8,11 +8,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from accel_hidiff.backends.aot_container import Container, can_load
 from accel_hidiff.device import device_index, has_siblings, on_device
 from accel_hidiff.errors import CompileFailed
 from compile_cache import Entry
@@ -54,7 +56,7 @@ class Package:
                 if name not in self._slots:
                     self._slots[name] = torch.empty(0, dtype=weight.dtype, device=weight.device)
                 self._slots[name].set_(weight)  # type: ignore[call-overload]
-        self._loader.load_constants(self._slots, False, True, user_managed=True)  # all of the active buffer
+        self._loader.load_constants(self._slots, False, True, True)  # all of the active buffer
 
     def unbind(self) -> None:
         """The weights' memory is given up; nothing may call it before it is bound again."""
@@ -128,11 +130,14 @@ def load_package(name: str, path: Path, device: torch.device, advice: str) -> An
 
     The package makes the device current that it is loaded for; the one before is current again afterwards.
     """
-    run_single_threaded, num_runners = True, 1
-    loader = torch._C._aoti.AOTIModelPackageLoader
+    index = device_index(device)
     try:
         with on_device(device):
-            return loader(str(path), "model", run_single_threaded, num_runners, device_index(device))
-    except RuntimeError as problem:
+            if can_load(path):
+                return Container(path, index)
+            run_single_threaded, num_runners = True, 1
+            loader = torch._C._aoti.AOTIModelPackageLoader
+            return loader(str(path), "model", run_single_threaded, num_runners, index)
+    except (RuntimeError, OSError, BadZipFile) as problem:
         got = str(problem).strip().splitlines()[0]
         raise CompileFailed(f"{name}: expected a package that loads, got: {got}; {advice}") from problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,20 +112,18 @@ def test_a_package_is_loaded_for_and_runs_on_its_own_device_whichever_is_current
 
 
 def test_programs_that_nobody_uses_are_kept_for_each_device(two_devices: Devices, tmp_path: Any) -> None:
-    class Entry:
-        files = {"package.pt2": type("Blob", (), {"sha256": "0" * 64})}
-        path, digest = tmp_path, "0" * 64
-
+    digest = "0" * 64
+    entry: Any = SimpleNamespace(files={"package.pt2": SimpleNamespace(sha256=digest)}, path=tmp_path, digest=digest)
     kept = aot_package.Package(FakeLoader(two_devices), torch.device("cuda:1"))
-    aot_package._idle["0" * 64, 1].append(kept)
+    aot_package._idle[digest, 1].append(kept)
     try:
         with pytest.raises(CompileFailed, match="expected a package that loads"):
-            aot_package.bound_call("unet", Entry(), "package.pt2", nn.Identity(), torch.device("cuda:0"))  # type: ignore[arg-type]
-        assert list(aot_package._idle["0" * 64, 1]) == [kept]
-        call = aot_package.bound_call("unet", Entry(), "package.pt2", nn.Identity(), torch.device("cuda:1"))  # type: ignore[arg-type]
-        assert not aot_package._idle["0" * 64, 1]
+            aot_package.bound_call("unet", entry, "package.pt2", nn.Identity(), torch.device("cuda:0"))
+        assert list(aot_package._idle[digest, 1]) == [kept]
+        call = aot_package.bound_call("unet", entry, "package.pt2", nn.Identity(), torch.device("cuda:1"))
+        assert not aot_package._idle[digest, 1]
         del call
-        assert list(aot_package._idle["0" * 64, 1]) == [kept]
+        assert list(aot_package._idle[digest, 1]) == [kept]
     finally:
-        aot_package._idle.pop(("0" * 64, 0), None)
-        aot_package._idle.pop(("0" * 64, 1), None)
+        aot_package._idle.pop((digest, 0), None)
+        aot_package._idle.pop((digest, 1), None)
