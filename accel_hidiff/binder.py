@@ -75,7 +75,7 @@ class BoundCall:
         try:
             return self._attempt(image, rest)
         except OutOfMemory as error:
-            LOG.warning("%s; trying once more with what nobody uses given back", error)
+            LOG.warning("%s; trying once more with what nobody uses given back", str(error))  # a record is kept
         release_memory(image.device)  # only here: the error is gone, and the tensors that its frames held
         return self._attempt(image, rest)
 

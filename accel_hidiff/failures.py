@@ -58,7 +58,8 @@ _LOST: Final = (
 )
 _MEMORY_KINDS: Final = frozenset({"OutOfMemoryError", "MemoryError"})
 _MEMORY: Final = ("out of memory", "allocate memory", "not enough memory", "status_alloc_failed", "bad_alloc")
-_SILENT: Final = "api call failed at"  # a package's error without its reason, which went to stderr
+_SILENT: Final = "api call failed at"  # a package's error, mostly without its reason, which went to stderr
+_ALLOCATION: Final = "aoti_torch_empty_strided("  # the function that failed, where it is told
 _LOW: Final = 1 / 16  # of the memory
 
 
@@ -75,7 +76,7 @@ def judge_failure(facts: FailureFacts) -> Fault:
         return Fault.DEVICE
     if _MEMORY_KINDS.intersection(facts.kinds) or any(words in said or words in probe for words in _MEMORY):
         return Fault.MEMORY
-    if _SILENT in said and (facts.refused > 0 or _is_low(facts)):
+    if _SILENT in said and (_ALLOCATION in said or facts.refused > 0 or _is_low(facts)):
         return Fault.MEMORY
     return Fault.ARTIFACT
 

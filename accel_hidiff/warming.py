@@ -77,7 +77,7 @@ class WarmUp:
                 self.calls += 1
                 wait_for(graph.device)
             except OutOfMemory as problem:
-                LOG.warning("%s", problem)
+                LOG.warning("%s", str(problem))
                 self.too_large.append(str(problem))
 
 

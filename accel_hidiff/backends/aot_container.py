@@ -1,8 +1,8 @@
 """A package of AOTInductor through the C interface of its library, so that calls run without Python's lock.
 
-torch's own loader (`torch._C._aoti.AOTIModelPackageLoader`) keeps the GIL for as long as a call takes: every other
-thread of the process, an HTTP server's above all, stands still meanwhile: on the CPU for the whole computation, on a GPU
-whenever its queue is full. `ctypes` releases the GIL around a call of a C function, and everything that a package can do
+torch's own loader (`torch._C._aoti.AOTIModelPackageLoader`) keeps the GIL for as long as a call takes, and every other
+thread of the process, an HTTP server's above all, stands still meanwhile: on the CPU for the whole computation, on a
+GPU whenever its queue is full. `ctypes` releases the GIL around a call of a C function, and all that a package can do
 is one (torch/csrc/inductor/aoti_runtime/interface.h).
 """
 
@@ -22,6 +22,8 @@ _MODEL: Final = "data/aotinductor/model/"  # where torch's loader looks, below t
 _LIBRARY: Final = ".so"
 _NOT_RUN: Final = (".cpp", ".h")  # sources, for people
 _PREFIX: Final = "AOTInductorModelContainer"
+
+_BELOW: Final = b"API call failed"  # a function of torch's failed, that the library called
 
 _new_handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors  # tensors -> capsules around owned handles
 _take_tensors = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
@@ -60,7 +62,12 @@ class Container:
         self._call("GetNumOutputs", self._container, ctypes.byref(outputs))
         self._outputs = outputs.value
         self._run: Any = getattr(self._library, f"{_PREFIX}RunSingleThreaded")
-        self._run.argtypes = [ctypes.c_void_p, *[ctypes.c_void_p, ctypes.c_size_t] * 2, ctypes.c_void_p, ctypes.c_void_p]
+        self._run.argtypes = [
+            ctypes.c_void_p,
+            *[ctypes.c_void_p, ctypes.c_size_t] * 2,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        ]
         self._names = dict(self._constants())
         self._handles: dict[str, tuple[Tensor, Any]] = {}  # constants that it was given, and handles on them
 
@@ -77,7 +84,7 @@ class Container:
             if self._handles.get(name, (None,))[0] is not tensor:
                 (handle,) = _new_handles([tensor])
                 self._handles[name] = (tensor, _address(handle, None))
-        pairs = (_Entry * len(constants))(*((self._names[name], self._handles[name][1]) for name in constants))
+        pairs = (_Entry * len(constants))(*[_Entry(self._names[name], self._handles[name][1]) for name in constants])
         options = ctypes.c_bool(use_inactive), ctypes.c_bool(check_full_update)
         count = ctypes.c_size_t(len(constants))
         self._call("UpdateUserManagedConstantBufferPairs", self._container, pairs, count, *options)
@@ -113,12 +120,21 @@ class Container:
             raise RuntimeError(f"{_PREFIX}{function}: API call failed at load time{self._reason()}")
 
     def _reason(self) -> str:
-        """What the library says of its last failure; "" in packages whose torch writes it to stderr alone."""
-        last = getattr(self._library, "AOTInductorGetLastError", None)
+        """What the library, and torch below it, say of the last failure on this thread; "" where they say it to stderr
+        alone, as before torch 2.13."""
         text = ctypes.c_char_p()
-        if last is None or last(ctypes.byref(text)) or not text.value:
-            return ""
-        return f": {text.value.decode(errors='replace').strip()}"
+        try:
+            if self._library.AOTInductorGetLastError(ctypes.byref(text)) or not text.value:
+                return ""
+            told = [text.value]
+            if _BELOW in text.value:
+                below = self._library.torch_exception_get_what_without_backtrace
+                below.restype = ctypes.c_char_p
+                told.insert(0, below() or b"")
+        except AttributeError:  # a function that this torch does not have
+            told = [text.value or b""]
+        lines = [line for one in told for line in one.decode(errors="replace").strip().splitlines()[:1]]
+        return ": " + "; ".join(lines)
 
 
 def can_load(path: Path) -> bool:

@@ -45,6 +45,11 @@ GB = 1 << 30
             Fault.MEMORY,
             FailureFacts(RUNTIME, SILENT + ": CUDA out of memory. Tried to allocate", free=20 * GB, total=80 * GB),
         ),
+        (
+            Fault.MEMORY,
+            FailureFacts(RUNTIME, "aoti_torch_empty_strided(2, &buf0_handle) API call failed at wrapper.cpp"),
+        ),
+        (Fault.ARTIFACT, FailureFacts(RUNTIME, "aoti_torch_cpu_addmm_out(buf0) API call failed at wrapper.cpp")),
         (Fault.ARTIFACT, FailureFacts(RUNTIME, SILENT, free=20 * GB, total=80 * GB)),
         (Fault.ARTIFACT, FailureFacts(RUNTIME, SILENT)),  # of the CPU
         (Fault.ARTIFACT, FailureFacts(RUNTIME, "input 0: expected 4 dimensions, got 3", free=1 * GB, total=140 * GB)),

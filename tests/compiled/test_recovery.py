@@ -148,6 +148,7 @@ class TestOutOfMemory:
         self, cache_dir: Path, faults: Faults, right: torch.Tensor, on_miss: str
     ) -> None:
         handle = served(cache_dir, on_miss=on_miss)
+        image(handle.pipe)
         faults.path, faults.times, faults.error = "unet.up_blocks.0", 2, torch.OutOfMemoryError("CUDA out of memory")
         with pytest.raises(
             ah.OutOfMemory, match=r"unet\.up_blocks\.0.* with an input of 2x\d+x\d+x\d+: .*smaller size"
