@@ -93,19 +93,24 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> Devices:
     return devices
 
 
+@pytest.mark.parametrize("through", ["C interface", "torch's loader"])
 def test_a_package_is_loaded_for_and_runs_on_its_own_device_whichever_is_current(
-    two_devices: Devices, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    two_devices: Devices, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, through: str
 ) -> None:
-    loaded: list[Any] = []
+    loaded: list[tuple[Any, ...]] = []
 
-    def load(path: str, name: str, run_single_threaded: bool, runners: int, index: int) -> FakeLoader:
-        two_devices.put(index)
-        loaded.append((run_single_threaded, runners, index))
+    def load(path: Any, *options: Any) -> FakeLoader:
+        two_devices.put(options[-1])
+        loaded.append(options)
         return FakeLoader(two_devices)
 
+    monkeypatch.setattr(aot_package, "can_load", lambda path: through == "C interface")
+    monkeypatch.setattr(aot_package, "Container", load)
     monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", load)
     loader = aot_package.load_package("unet", tmp_path, torch.device("cuda:1"), "")
-    assert two_devices.current == 0 and loaded == [(True, 1, 1)]
+    single_threaded, runners = True, 1
+    assert loaded == [(1,) if through == "C interface" else ("model", single_threaded, runners, 1)]
+    assert two_devices.current == 0
     package = aot_package.Package(loader, torch.device("cuda:1"))
     package.run([])
     assert loader.ran_on == [1] and two_devices.current == 0

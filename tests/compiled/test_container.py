@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
+from accel_hidiff import compat
 from accel_hidiff.backends.aot import OPTIONS
 from accel_hidiff.backends.aot_container import Container, can_load
 from accel_hidiff.backends.aot_package import Package, load_package
@@ -20,6 +22,7 @@ from accel_hidiff.failures import Fault
 from tests import needs
 
 CPU = torch.device("cpu")
+TELLS_WHY = compat.torch_version() >= Version("2.13")  # older ones say to stderr alone why a call failed
 Load = Callable[[], Package]
 
 
@@ -125,7 +128,7 @@ def test_a_call_that_does_not_fit_the_memory_says_so_and_the_next_one_is_served(
     with pytest.raises(RuntimeError, match="API call failed") as raised:
         package.run([torch.zeros(1 << 24)])  # of which the result would take 1 PiB
     assert "\n" not in str(raised.value)
-    assert fault_of(raised.value, CPU) is Fault.MEMORY
+    assert fault_of(raised.value, CPU) is (Fault.MEMORY if TELLS_WHY else Fault.ARTIFACT)
     x = torch.randn(10)
     assert torch.allclose(package.run([x])[0], Outer()(x), atol=1e-6)
 
