@@ -69,6 +69,7 @@ class Handle:
         self._graphs = RequestGraphs(pipe, dispatcher, installed, None if guidance is None else step)
         self._undo = UndoLog()
         self._undo.replace(pipe, _HANDLE, self, "handle")
+        self._warm_up = WarmUp()
         self._sealed = False
 
     @property
@@ -221,8 +222,9 @@ class Handle:
         makes on a GPU (cuDNN's plans) belongs to the thread that made it.
 
         Args:
-            warm: run what was loaded once at each size, over zeros; None: on a GPU, where a first call costs up to a
-                second more than the next, and not on the CPU, where it costs next to nothing.
+            warm: run what was loaded once at each size, over zeros; what ran on this thread already is not run again.
+                None: on a GPU, where a first call takes up to a second more than the next, and not on the CPU, where
+                this takes longer than it saves.
 
         Returns:
             How much was loaded and run, and how long that took.
@@ -232,7 +234,8 @@ class Handle:
             GraphMiss: a graph is missing under `on_miss="error"`.
         """
         regions: set[tuple[str, str]] = set()
-        kinds, load_seconds, warm_seconds, warm_up = 0, 0.0, 0.0, WarmUp()
+        too_large: list[str] = []
+        kinds, warm_calls, load_seconds, warm_seconds = 0, 0, 0.0, 0.0
         with self._graphs.in_decoder_precision():
             checked = self._check(sizes, batch_sizes)
             warm = self.patch.unet.device.type == "cuda" if warm is None else warm
@@ -242,15 +245,16 @@ class Handle:
                 loaded = time.perf_counter()
                 if warm:
                     try:
-                        warm_up.run(graphs, calls)
+                        count, large = self._warm_up.run(graphs, calls)
+                        warm_calls += count
+                        too_large += large
                     except ArtifactFailed as failed:
                         self._dispatcher.quarantine(failed)
                 kinds += 1
                 regions.update(call.name for call in calls.values())
                 load_seconds += loaded - began
                 warm_seconds += time.perf_counter() - loaded
-        too_large = tuple(warm_up.too_large)
-        report = LoadReport(kinds, len(regions), load_seconds, warm_up.calls, warm_seconds, too_large)
+        report = LoadReport(kinds, len(regions), load_seconds, warm_calls, warm_seconds, tuple(too_large))
         LOG.info("%s", report)
         return report
 

@@ -7,7 +7,8 @@ the thread that made them: up to a second, which the first request of each size 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,37 +49,39 @@ class LoadReport:
 
 
 class WarmUp:
-    """Runs each compiled call once for each size, over zeros, on the thread that calls it."""
+    """Runs each compiled call once for each size and thread, over zeros, on the thread that calls it."""
 
     def __init__(self) -> None:
-        self.calls = 0
-        self.too_large: list[str] = []
-        self._regions: set[tuple[str, str]] = set()
-        self._sizes: set[tuple[str, torch.Size]] = set()
+        self._done: set[tuple[Hashable, ...]] = set()
 
-    def run(self, graphs: Graphs, calls: Mapping[str, BoundCall]) -> None:
-        """Runs those of one kind of call; what ran at a size already, in another region, is not run again.
+    def run(self, graphs: Graphs, calls: Mapping[str, BoundCall]) -> tuple[int, list[str]]:
+        """Runs those of one kind of call. What ran at a size already, in another region, is not run again.
+
+        Returns:
+            How many were run, and what did not fit the device's memory, one line each.
 
         Raises:
             ArtifactFailed, DeviceLost: as a request would.
         """
+        count, too_large = 0, []
         for graph, sizes in graphs:
             call = calls.get(graph.region.path)
             if call is None:
                 continue
-            program, shape = call.name[1], call.shape
-            if call.name in self._regions and (program, shape) in self._sizes:
+            thread, program = threading.get_ident(), call.name[1]
+            region, size = (thread, call.name), (thread, program, tuple(sizes.items()))
+            if region in self._done and size in self._done:
                 continue
-            self._regions.add(call.name)
-            self._sizes.add((program, shape))
+            self._done |= {region, size}
             try:
                 with torch.no_grad():
                     call(*_zeros(graph, sizes))
-                self.calls += 1
+                count += 1
                 wait_for(graph.device)
             except OutOfMemory as problem:
                 LOG.warning("%s", str(problem))
-                self.too_large.append(str(problem))
+                too_large.append(str(problem))
+        return count, too_large
 
 
 def _zeros(graph: RegionGraph, sizes: Sizes) -> list[Tensor]:
