@@ -96,10 +96,14 @@ class Container:
         made = (ctypes.c_void_p * outputs)()
         inputs.clear()
         stream = None if self._index < 0 else torch._C._cuda_getCurrentRawStream(self._index)
-        if self._run(self._container, given, count, made, outputs, stream, None):
+        try:
+            failed = self._run(self._container, given, count, made, outputs, stream, None)
+        except BaseException:  # by the handler of a signal that came meanwhile, once the call had ended
+            _taken(made)
+            raise
+        if failed:
             raise RuntimeError(f"{_PREFIX}RunSingleThreaded: API call failed at run time{self._reason()}")
-        tensors: list[Tensor] = _take_tensors([_capsule(handle, None, None) for handle in made])
-        return tensors
+        return _taken(made)
 
     def _constants(self) -> list[tuple[str, bytes]]:
         """(name in the module, name in the library) of each weight."""
@@ -135,6 +139,12 @@ class Container:
             told = [text.value or b""]
         lines = [line for one in told for line in one.decode(errors="replace").strip().splitlines()[:1]]
         return ": " + "; ".join(lines)
+
+
+def _taken(handles: Any) -> list[Tensor]:
+    """The tensors that a call has put into an array; the array has them no more."""
+    tensors: list[Tensor] = _take_tensors([_capsule(handle, None, None) for handle in handles if handle])
+    return tensors
 
 
 def can_load(path: Path) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from packaging.version import Version
@@ -131,6 +133,24 @@ def test_a_call_that_does_not_fit_the_memory_says_so_and_the_next_one_is_served(
     assert fault_of(raised.value, CPU) is (Fault.MEMORY if TELLS_WHY else Fault.ARTIFACT)
     x = torch.randn(10)
     assert torch.allclose(package.run([x])[0], Outer()(x), atol=1e-6)
+
+
+def test_a_call_in_which_a_signals_handler_raises_keeps_no_memory(package: Package) -> None:
+    def expires(*_: Any) -> None:
+        raise TimeoutError("the request took too long")
+
+    x, process = torch.randn(8000), psutil.Process()
+    package.run([x])
+    before, handler = process.memory_info().rss, signal.signal(signal.SIGALRM, expires)
+    try:
+        for _ in range(4):
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            with pytest.raises(TimeoutError):
+                package.run([x])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert process.memory_info().rss - before < 2 * 4 * 8000**2  # bytes of two results
 
 
 @pytest.mark.parametrize("damage", [b"", b"no package", None])
