@@ -9,7 +9,9 @@ is one (torch/csrc/inductor/aoti_runtime/interface.h).
 from __future__ import annotations
 
 import ctypes
+import shutil
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -22,7 +24,6 @@ _MODEL: Final = "data/aotinductor/model/"  # where torch's loader looks, below t
 _LIBRARY: Final = ".so"
 _NOT_RUN: Final = (".cpp", ".h")  # sources, for people
 _PREFIX: Final = "AOTInductorModelContainer"
-
 _BELOW: Final = b"API call failed"  # a function of torch's failed, that the library called
 
 _new_handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors  # tensors -> capsules around owned handles
@@ -50,14 +51,15 @@ class Container:
 
     def __init__(self, path: Path, index: int) -> None:
         self._index = index
-        self._files = tempfile.TemporaryDirectory(prefix="accel_hidiff-")
-        self._library = ctypes.CDLL(str(_unpack(path, Path(self._files.name))))
+        files = Path(tempfile.mkdtemp(prefix="accel_hidiff-"))
+        remove_files = weakref.finalize(self, shutil.rmtree, files, ignore_errors=True)
+        self._library = ctypes.CDLL(str(_unpack(path, files)))
         self._container = ctypes.c_void_p()
         device = b"cpu" if index < 0 else f"cuda:{index}".encode()
-        folder = None if index < 0 else self._files.name.encode()  # kernels are read at their first call
+        folder = None if index < 0 else str(files).encode()  # kernels are read at their first call
         self._call("CreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), device, folder)
         if index < 0:
-            self._files.cleanup()
+            remove_files()
         outputs = ctypes.c_size_t()
         self._call("GetNumOutputs", self._container, ctypes.byref(outputs))
         self._outputs = outputs.value
@@ -70,6 +72,8 @@ class Container:
         ]
         self._names = dict(self._constants())
         self._handles: dict[str, tuple[Tensor, Any]] = {}  # constants that it was given, and handles on them
+        delete = getattr(self._library, f"{_PREFIX}Delete")
+        weakref.finalize(self, _delete, delete, self._container, self._handles).atexit = False
 
     def get_constant_fqns(self) -> list[str]:
         """The names of the weights in the module that was exported."""
@@ -138,11 +142,17 @@ class Container:
         except AttributeError:  # a function that this torch does not have
             told = [text.value or b""]
         lines = [line for one in told for line in one.decode(errors="replace").strip().splitlines()[:1]]
-        return ": " + "; ".join(lines)
+        return ": " + "; ".join(lines) if lines else ""
+
+
+def _delete(delete: Any, container: ctypes.c_void_p, handles: dict[str, tuple[Tensor, Any]]) -> None:
+    """Nobody calls a container any more; its library stays in the process."""
+    delete(container)
+    _taken([handle for _, handle in handles.values()])
 
 
 def _taken(handles: Any) -> list[Tensor]:
-    """The tensors that a call has put into an array; the array has them no more."""
+    """The tensors of handles that are owned here: asked for once, or they would be freed twice."""
     tensors: list[Tensor] = _take_tensors([_capsule(handle, None, None) for handle in handles if handle])
     return tensors
 

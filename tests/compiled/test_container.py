@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -151,6 +153,24 @@ def test_a_call_in_which_a_signals_handler_raises_keeps_no_memory(package: Packa
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
     assert process.memory_info().rss - before < 2 * 4 * 8000**2  # bytes of two results
+
+
+def test_its_handle_on_a_weight_goes_with_it(path: Path) -> None:
+    """torch keeps one of its own (see `Package`), on a slot that holds no memory then."""
+    package = over(Container(path, -1))
+    package.run([torch.randn(10)])
+    (slot,) = package._slots.values()
+    held = slot._use_count()
+    del package
+    gc.collect()
+    assert slot._use_count() == held - 1
+
+
+def test_nothing_stays_in_the_temporary_directory(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    x = torch.randn(10)
+    assert torch.allclose(over(Container(path, -1)).run([x])[0], Outer()(x), atol=1e-6)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"no package", None])
