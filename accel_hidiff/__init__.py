@@ -30,6 +30,7 @@ _HOME = {
     "accelerate": "pipeline",
     "Handle": "pipeline",
     "replica": "replicas",
+    "LoadReport": "warming",
     "CompilePool": "compiling.pool",
     "SizeWarning": "errors",
     "AccelHiDiffError": "errors",
