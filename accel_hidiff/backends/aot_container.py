@@ -60,9 +60,7 @@ class Container:
         self._call("CreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), device, folder)
         if index < 0:
             remove_files()
-        outputs = ctypes.c_size_t()
-        self._call("GetNumOutputs", self._container, ctypes.byref(outputs))
-        self._outputs = outputs.value
+        self._given, self._made = self._array("GetNumInputs"), self._array("GetNumOutputs")  # handles in a call
         self._run: Any = getattr(self._library, f"{_PREFIX}RunSingleThreaded")
         self._run.argtypes = [
             ctypes.c_void_p,
@@ -95,19 +93,29 @@ class Container:
 
     def boxed_run(self, inputs: list[Tensor]) -> list[Tensor]:
         """Calls it; other threads run meanwhile. Empties the list."""
-        count, outputs = len(inputs), self._outputs
-        given = (ctypes.c_void_p * count)(*[_address(handle, None) for handle in _new_handles(inputs)])
-        made = (ctypes.c_void_p * outputs)()
+        given, made = self._given, self._made
+        if len(inputs) != len(given):
+            raise ValueError(f"expected {len(given)} inputs, got {len(inputs)}")
+        for number, handle in enumerate(_new_handles(inputs)):
+            given[number] = _address(handle, None)
+        for number in range(len(made)):
+            made[number] = None
         inputs.clear()
         stream = None if self._index < 0 else torch._C._cuda_getCurrentRawStream(self._index)
         try:
-            failed = self._run(self._container, given, count, made, outputs, stream, None)
+            failed = self._run(self._container, given, len(given), made, len(made), stream, None)
         except BaseException:  # by the handler of a signal that came meanwhile, once the call had ended
             _taken(made)
             raise
         if failed:
             raise RuntimeError(f"{_PREFIX}RunSingleThreaded: API call failed at run time{self._reason()}")
         return _taken(made)
+
+    def _array(self, function: str) -> Any:
+        """An array for as many handles as a function tells."""
+        count = ctypes.c_size_t()
+        self._call(function, self._container, ctypes.byref(count))
+        return (ctypes.c_void_p * count.value)()
 
     def _constants(self) -> list[tuple[str, bytes]]:
         """(name in the module, name in the library) of each weight."""

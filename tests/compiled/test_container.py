@@ -155,6 +155,11 @@ def test_a_call_in_which_a_signals_handler_raises_keeps_no_memory(package: Packa
     assert process.memory_info().rss - before < 2 * 4 * 8000**2  # bytes of two results
 
 
+def test_another_number_of_inputs_is_refused(package: Package) -> None:
+    with pytest.raises(ValueError, match="expected 1 inputs, got 2"):
+        package.run([torch.zeros(2), torch.zeros(2)])
+
+
 def test_its_handle_on_a_weight_goes_with_it(path: Path) -> None:
     """torch keeps one of its own (see `Package`), on a slot that holds no memory then."""
     package = over(Container(path, -1))
