@@ -1,4 +1,4 @@
-"""Facts of a device and what is done to it: index, memory, which one is current. All that asks CUDA is here."""
+"""Facts of a device and what is done to it: index, memory, which one is current, why something failed there."""
 
 from __future__ import annotations
 
