@@ -30,6 +30,7 @@ _HOME = {
     "accelerate": "pipeline",
     "Handle": "pipeline",
     "replica": "replicas",
+    "LoadReport": "warming",
     "CompilePool": "compiling.pool",
     "SizeWarning": "errors",
     "AccelHiDiffError": "errors",
@@ -41,6 +42,8 @@ _HOME = {
     "PipelineBusy": "errors",
     "GraphMiss": "errors",
     "CompileFailed": "errors",
+    "OutOfMemory": "errors",
+    "DeviceLost": "errors",
 }
 _MODULES = ("schedulers",)
 __all__ = ["__version__", *sorted((*_HOME, *_MODULES))]  # noqa: PLE0604

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from accel_hidiff.backends import Backend, BoundRegion
 from accel_hidiff.backends.base import served
-from accel_hidiff.errors import AccelHiDiffError, CompileFailed
+from accel_hidiff.device import fault_of, release_memory
+from accel_hidiff.errors import AccelHiDiffError, CompileFailed, DeviceLost, OutOfMemory, first_line
+from accel_hidiff.failures import Fault
 from accel_hidiff.guard import Accept, Reject, judge_sizes
 from accel_hidiff.regions import Region, RegionGraph, Sizes, bucket_of, example_sizes
 from accel_hidiff.stats import Stats
 from accel_hidiff.topology import Topology
 from compile_cache import CacheKey, CompileCache, CompileCacheError, Entry
+
+LOG = logging.getLogger(__name__)
 
 Graphs = list[tuple[RegionGraph, Sizes]]
 
@@ -27,7 +32,7 @@ _FAILURES = (RuntimeError, MemoryError, TypeError, ValueError)
 
 
 class ArtifactFailed(Exception):
-    """A compiled call raised: out of memory, an input that it cannot take, a broken artifact. The cause tells.
+    """A compiled call raised: an input that it cannot take, a broken artifact. The cause tells.
 
     Attributes:
         key: of the artifact.
@@ -45,7 +50,13 @@ class ArtifactFailed(Exception):
 
 
 class BoundCall:
-    """One region's compiled call at one size: brings inputs into the form that the artifact was compiled for."""
+    """One region's compiled call at one size: brings inputs into the form that the artifact was compiled for.
+
+    Raises:
+        ArtifactFailed: the artifact is at fault.
+        OutOfMemory: the device has too little memory for this size, also after what nobody uses was given back.
+        DeviceLost: nothing runs on the device any more.
+    """
 
     __slots__ = ("_format", "_key", "_path", "_run", "shape")
 
@@ -61,14 +72,41 @@ class BoundCall:
         self.shape = torch.Size((sizes["batch"], region.channels, sizes["height"], sizes["width"]))
 
     def __call__(self, image: Tensor, *rest: Tensor) -> Any:
-        if not image.is_contiguous(memory_format=self._format):
-            image = image.contiguous(memory_format=self._format)
         try:
+            return self._attempt(image, rest)
+        except OutOfMemory as error:
+            LOG.warning("%s; trying once more with what nobody uses given back", str(error))  # a record is kept
+        release_memory(image.device)  # only here: the error is gone, and the tensors that its frames held
+        return self._attempt(image, rest)
+
+    def _attempt(self, image: Tensor, rest: tuple[Tensor, ...]) -> Any:
+        try:
+            if not image.is_contiguous(memory_format=self._format):
+                image = image.contiguous(memory_format=self._format)
             return self._run(_aligned(image), *(_aligned(tensor.contiguous()) for tensor in rest))
         except AccelHiDiffError:
             raise
         except _FAILURES as error:
-            raise ArtifactFailed(self._path, self._key, error) from error
+            what = f"{self._path} with an input of {'x'.join(map(str, image.shape))}"
+            raise _not_the_artifact(error, image.device, what) or ArtifactFailed(
+                self._path, self._key, error
+            ) from error
+
+
+def _not_the_artifact(error: Exception, device: torch.device, what: str) -> AccelHiDiffError | None:
+    """What to raise where a request or the device is at fault; None where the artifact is."""
+    fault = fault_of(error, device)
+    if fault is Fault.MEMORY:
+        return OutOfMemory(
+            f"{what}: expected enough memory on {device}, got {first_line(error)}; ask for a smaller size or fewer "
+            "images at once, or leave more of its memory free"
+        )
+    if fault is Fault.DEVICE:
+        return DeviceLost(
+            f"{what}: expected {device} to answer, got {first_line(error)}; nothing runs on it any more in this "
+            "process: start it anew"
+        )
+    return None
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -126,7 +164,7 @@ class Binder:
     def key(self, graph: RegionGraph) -> CacheKey:
         """The action key of a graph under this backend; computed once."""
         traits = tuple(sorted(graph.traits.items()))
-        name = graph.region.path, graph.region.structure, traits, graph.bucket, graph.dtype, graph.device
+        name = graph.region.path, graph.region.structure, traits, graph.bucket, graph.dtype, graph.device.type
         key = self._keys.get(name)
         if key is None:
             key = self._keys[name] = graph.key(self.backend.factors(graph.device))
@@ -286,6 +324,8 @@ class Binder:
                 except (CompileFailed, CompileCacheError, OSError) as error:
                     if entry is None or isinstance(error, TimeoutError):
                         raise
+                    if (told := _not_the_artifact(error, graph.device, graph.region.path)) is not None:
+                        raise told from error
                     raise ArtifactFailed(graph.region.path, key, error) from error  # it was compiled; it does not load
                 if (made := self._bound[name]) is not None:
                     self.stats.bindings += not made.compiled

@@ -27,6 +27,8 @@ class UNetCall:
     Attributes:
         topology: which graph runs.
         shifts: (K,) int64, one window shift per windowed block in call order, on the UNet's device.
+        shifts_from: the shifts of each windowed transformer, by the number of its first windowed block; what is not in
+            it is cut out of `shifts`.
         first_shift: index of `shifts[0]` among all windowed blocks (not 0 where a region is exported alone).
         regions: compiled region calls by module path; what is not in it runs eager.
         window: the feature map and its shifts inside of a windowed transformer, None outside.
@@ -36,6 +38,7 @@ class UNetCall:
     topology: Topology
     shifts: Tensor | None = None
     first_shift: int = 0
+    shifts_from: Mapping[int, Tensor] = field(default_factory=dict)
     regions: Mapping[str, RegionCall] = field(default_factory=dict)
     window: tuple[int, int, Tensor] | None = None
     before_pool: Size | None = None
@@ -44,6 +47,8 @@ class UNetCall:
         """The shifts of `count` windowed blocks from block `first` on."""
         if self.shifts is None:
             return None
+        if (laid_out := self.shifts_from.get(first)) is not None:
+            return laid_out
         return self.shifts[first - self.first_shift : first - self.first_shift + count]
 
 

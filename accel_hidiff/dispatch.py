@@ -146,12 +146,13 @@ class Dispatcher:
 
     # Slow path
 
-    def load(self, graphs: Graphs) -> None:
+    def load(self, graphs: Graphs) -> Graph:
         """Binds graphs before a call asks for them; GraphMiss under `on_miss="error"`. A backend that keeps nothing
         compiles now, whatever `on_miss` says: that is what a request will find."""
-        if self.binder.backend.name != "eager":
-            compiles = self.on_miss == "compile" or not (self.binder.backend.persistent or self._sealed)
-            self._bind(None, lambda: graphs, compiles)
+        if self.binder.backend.name == "eager":
+            return Graph()
+        compiles = self.on_miss == "compile" or not (self.binder.backend.persistent or self._sealed)
+        return self._bind(None, lambda: graphs, compiles)
 
     def refuse(self, reason: str, missing: bool = False) -> Graph:
         """A graph that runs eager for a reason; GraphMiss under `on_miss="error"`."""

@@ -41,6 +41,14 @@ class CompileFailed(AccelHiDiffError, RuntimeError):
     """A region could not be exported or compiled."""
 
 
+class OutOfMemory(AccelHiDiffError, RuntimeError):
+    """A request needs more memory than its device has left. Nothing else is wrong: the next request is served."""
+
+
+class DeviceLost(AccelHiDiffError, RuntimeError):
+    """A device answers nothing any more in this process, after an illegal memory access, say: restart the process."""
+
+
 class BenchFailed(AccelHiDiffError, RuntimeError):
     """A bench has nothing to run, or its reference does not run."""
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -36,7 +36,7 @@ from accel_hidiff.forwards import (
 )
 from accel_hidiff.recognize import Recognized, recognize
 from accel_hidiff.schedule import LATENT_CELL, PhasePlan, controls, plan_latent, plan_pixels, running_steps
-from accel_hidiff.shifts import check_shifts, window_shifts
+from accel_hidiff.shifts import ShiftLayout, check_shifts, window_shifts
 from accel_hidiff.sizes import control_size, odd_window_notice, suggest_latent
 from accel_hidiff.undo import UndoLog, is_installed, refuse_copy
 
@@ -77,6 +77,7 @@ class Patch:
             for path, transformer in self.windowed_transformers
             for index in range(len(transformer.transformer_blocks))
         )
+        self._shift_layout = ShiftLayout(tuple(len(one.transformer_blocks) for _, one in self.windowed_transformers))
         self._undo = UndoLog()
         self._entered: Entered | None = None
         self._request = _Request()
@@ -263,11 +264,13 @@ class Patch:
         if not topology.windowed:
             return UNetCall(topology), controlled
         self._warn_of_odd_windows(plan, height, width)
+        layout, device = self._shift_layout, sample.device
         if shifts is not None:
-            return UNetCall(topology, torch.tensor(shifts, device=sample.device)), controlled
-        seed = self.config.shift_seed if seed is None else seed
-        mode, blocks = self.config.window_shifts, len(self.windowed_blocks)
-        return UNetCall(topology, _shift_table(seed, num_steps, blocks, mode, sample.device)[step]), controlled
+            (laid_out,) = _on_device((shifts,), layout, device)
+        else:
+            seed = self.config.shift_seed if seed is None else seed
+            laid_out = _shifts_of_request(seed, num_steps, self.config.window_shifts, layout, device)[step]
+        return UNetCall(topology, laid_out.all, shifts_from=laid_out.by_first), controlled
 
     def _warn_of_odd_windows(self, plan: PhasePlan, height: int, width: int) -> None:
         """Says once for each size which nearest one needs no resize in window attention."""
@@ -430,8 +433,32 @@ def _windowed_transformers(unet: UNet2DConditionModel, family: Family) -> tuple[
     )
 
 
+class _Shifts(NamedTuple):
+    """The shifts of one step on a device, int64, each tensor where compiled code can load it as it is.
+
+    `all`: one per windowed block; `by_first`: those of each transformer, by the number of its first windowed block.
+    """
+
+    all: Tensor
+    by_first: Mapping[int, Tensor]
+
+
 @lru_cache(maxsize=64)
-def _shift_table(seed: int, num_steps: int, blocks: int, mode: str, device: torch.device) -> Tensor:
-    rows = [window_shifts(seed, step, blocks, mode) for step in range(num_steps)]
+def _shifts_of_request(
+    seed: int, num_steps: int, mode: str, layout: ShiftLayout, device: torch.device
+) -> tuple[_Shifts, ...]:
+    """The shifts of all steps of a request."""
+    steps = tuple(window_shifts(seed, step, layout.blocks, mode) for step in range(num_steps))
+    return _on_device(steps, layout, device)
+
+
+@lru_cache(maxsize=64)
+def _on_device(steps: tuple[tuple[int, ...], ...], layout: ShiftLayout, device: torch.device) -> tuple[_Shifts, ...]:
+    """The shifts of some steps: one copy to the device for all of them."""
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int64, device=device)
+        table = torch.tensor([layout.row(shifts) for shifts in steps], dtype=torch.int64, device=device)
+        parts = list(zip(layout.places.items(), layout.counts, strict=True))
+        return tuple(
+            _Shifts(row[: layout.blocks], {first: row[place : place + count] for (first, place), count in parts})
+            for row in table
+        )

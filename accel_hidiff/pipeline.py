@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 
 from accel_hidiff import sealing
 from accel_hidiff.backends import create_backend
-from accel_hidiff.binder import Binder, Graphs
+from accel_hidiff.binder import ArtifactFailed, Binder, Graphs
 from accel_hidiff.cfgpp.compiled import CompiledStep
 from accel_hidiff.cfgpp.guidance import Guidance, apply_cfgpp
 from accel_hidiff.compiling.background import Background
@@ -38,7 +40,10 @@ from accel_hidiff.served import REGIONS
 from accel_hidiff.stats import Stats
 from accel_hidiff.target import Target
 from accel_hidiff.undo import UndoLog
+from accel_hidiff.warming import LoadReport, WarmUp
 from compile_cache import CacheKey, CompileCache
+
+LOG = logging.getLogger(__name__)
 
 DEFAULT_REGIONS = "blocks"
 DEFAULT_SHAPES = "symbolic"
@@ -72,6 +77,7 @@ class Handle:
         self._graphs = RequestGraphs(pipe, dispatcher, installed, None if guidance is None else step)
         self._undo = UndoLog()
         self._undo.replace(pipe, _HANDLE, self, "handle")
+        self._warm_up = WarmUp()
         self._sealed = False
 
     @property
@@ -219,20 +225,50 @@ class Handle:
         *,
         batch_sizes: Sequence[int] = (1, 2),
         strength: float = 1.0,
-    ) -> None:
+        warm: bool | None = None,
+    ) -> LoadReport:
         """Loads and binds every graph that requests of these sizes need, so that the first request finds them ready.
 
         Arguments as in `precompile`; `on_miss` decides what happens to a graph that the cache does not hold. With a
-        backend that keeps nothing, this is where it compiles.
+        backend that keeps nothing, this is where it compiles. Call it on the thread that will serve: what a first call
+        makes on a GPU (cuDNN's plans) belongs to the thread that made it.
+
+        Args:
+            warm: run what was loaded once at each size, over zeros; what ran on this thread already is not run again.
+                None: on a GPU, where a first call takes up to a second more than the next, and not on the CPU, where
+                this takes longer than it saves.
+
+        Returns:
+            How much was loaded and run, and how long that took.
 
         Raises:
             BadInput: a size, a step count or a batch that cannot be.
             GraphMiss: a graph is missing under `on_miss="error"`.
         """
+        regions: set[tuple[str, str]] = set()
+        too_large: list[str] = []
+        kinds, warm_calls, load_seconds, warm_seconds = 0, 0, 0.0, 0.0
         with self._graphs.in_decoder_precision():
             checked = self._check(sizes, batch_sizes)
+            warm = self.patch.unet.device.type == "cuda" if warm is None else warm
             for graphs in self._graphs.all(checked, running_steps(num_inference_steps, strength), batch_sizes):
-                self._dispatcher.load(graphs)
+                began = time.perf_counter()
+                calls = self._dispatcher.load(graphs).calls
+                loaded = time.perf_counter()
+                if warm:
+                    try:
+                        count, large = self._warm_up.run(graphs, calls)
+                        warm_calls += count
+                        too_large += large
+                    except ArtifactFailed as failed:
+                        self._dispatcher.quarantine(failed)
+                kinds += 1
+                regions.update(call.name for call in calls.values())
+                load_seconds += loaded - began
+                warm_seconds += time.perf_counter() - loaded
+        report = LoadReport(kinds, len(regions), load_seconds, warm_calls, warm_seconds, tuple(too_large))
+        LOG.info("%s", report)
+        return report
 
     @staticmethod
     def _check(sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int]) -> list[tuple[int, int]]:

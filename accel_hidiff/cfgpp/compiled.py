@@ -24,6 +24,7 @@ from accel_hidiff.regions.step import STEP, StepRegion
 from accel_hidiff.topology import PLAIN
 
 _SCALE = maths.COLUMNS.index("scale")
+_NUMBERS = 4  # of at least 4 bytes: a row of so many begins where compiled code can load it as it is
 
 
 class CompiledStep:
@@ -66,7 +67,7 @@ class CompiledStep:
         strength = torch.full((), said.strength, device=sample.device)
         nothing = state.history if noise is None else noise  # its coefficient is 0
         more = index + 1 < len(rows)
-        next_scale = rows[index + more, _SCALE]
+        next_scale = state.scales[index + more, 0]
         inputs = sample, said.uncond, said.cond, state.history, nothing, rows[index], strength, next_scale
         try:
             x_next, state.history, scaled = compiled(*inputs)
@@ -97,6 +98,7 @@ class CompiledStep:
             wide = torch.promote_types(sample.dtype, torch.float32)
             state.timesteps, state.request, state.history = scheduler.timesteps, request, None
             state.rows = rows.to(device=sample.device, dtype=wide)
+            state.scales = torch.nn.functional.pad(state.rows[:, _SCALE, None], (0, _NUMBERS - 1))
         return state.rows
 
 
@@ -106,5 +108,6 @@ class _State(threading.local):
     timesteps: Tensor | None = None
     request: Any = None
     rows: Tensor | None = None
+    scales: Tensor  # the rows' scales, each at the beginning of a row of its own; made with them
     reason: str | None = None  # why there are none
     history: Tensor | None = None

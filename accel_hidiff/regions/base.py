@@ -156,7 +156,7 @@ class RegionGraph:
                 "traits": dict(self.traits),
                 "bucket": self.bucket.to_json(),
                 "dtype": str(self.dtype),
-                "device": str(self.device) if self.device.index else self.device.type,  # code may name a device index
+                "device": self.device.type,  # code names no index: a package runs on the device that it is loaded for
                 "memory_format": str(self.region.memory_format),
                 **backend_factors,
             }

@@ -48,7 +48,7 @@ class _Whole(Region):
         return *common, torch.randn(batch, text_embeds, **options), torch.randn(batch, _TIME_IDS, **options)
 
     def _common_inputs(self, sample: Tensor, timestep: Any, text: Tensor, kwargs: Mapping[str, Any]) -> list[Tensor]:
-        time = torch.as_tensor(timestep, device=sample.device).to(torch.float32)
+        time = _scalar(timestep, sample.device, torch.float32)
         if not self._added:
             return [sample, time, text]
         added = kwargs["added_cond_kwargs"]
@@ -175,9 +175,16 @@ class ControlNetRegion(_Whole):
 
     def forward_with(self, compiled: RegionCall, call: UNetCall | None, *args: Any, **kwargs: Any) -> Any:
         sample, timestep, text, image = args
-        scale = torch.as_tensor(kwargs.get("conditioning_scale", 1.0), device=sample.device).to(sample.dtype)
+        scale = _scalar(kwargs.get("conditioning_scale", 1.0), sample.device, sample.dtype)
         *down, mid = compiled(*self._common_inputs(sample, timestep, text, kwargs), image, scale)
         return down, mid
+
+
+def _scalar(value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number, or a tensor, on a device; a number is written there by the device itself, so that nobody waits."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def is_whole_controlnet(net: nn.Module) -> bool:

@@ -3,6 +3,9 @@
 A pipeline serves one request at a time, so everything that touches it happens in this one thread: loading its weights,
 loading its graphs, drawing. A request that ended meanwhile (its client went, its time is over) is left between two
 steps, by an exception from the pipeline's `callback_on_step_end`: the decoder is not run for nobody.
+
+A request that does not fit the device's memory fails alone. After an error from which a device does not recover, an
+illegal memory access, say, the engine serves nothing any more and is not ready: the process has to be started anew.
 """
 
 from __future__ import annotations
@@ -17,9 +20,19 @@ from math import ceil
 from typing import Any, Final
 
 from accel_hidiff.deploy import ModelTable
-from accel_hidiff.errors import BadInput, GraphMiss
+from accel_hidiff.errors import BadInput, DeviceLost, GraphMiss, OutOfMemory, first_line
+from accel_hidiff.failures import Fault
 from accel_hidiff.serving.jobs import Finished, Job, Step, Stopped
-from accel_hidiff.serving.refusal import failed, invalid, queue_full, stopping, unavailable
+from accel_hidiff.serving.refusal import (
+    Refusal,
+    device_lost,
+    failed,
+    invalid,
+    out_of_memory,
+    queue_full,
+    stopping,
+    unavailable,
+)
 from accel_hidiff.serving.requests import size_text
 
 LOG = logging.getLogger(__name__)
@@ -40,6 +53,7 @@ class EngineState:
         waiting: requests in the queue.
         running: requests that are drawn now, 0 or 1.
         seconds: what start-up took: "imports", "model" (building it and reading its weights), "graphs".
+        lost: why its device serves nothing any more, one line; "" while it does.
     """
 
     opened: bool
@@ -48,11 +62,12 @@ class EngineState:
     waiting: int
     running: int
     seconds: dict[str, float]
+    lost: str = ""
 
     @property
     def ready(self) -> bool:
-        """Whether every graph is loaded."""
-        return self.opened and not self.missing
+        """Whether every graph is loaded, and the device there."""
+        return self.opened and not self.missing and not self.lost
 
 
 class Engine:
@@ -83,6 +98,7 @@ class Engine:
         self._jobs: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False
+        self._lost = ""
         self._mean = 1.0  # seconds of a request, over the last few
         self._work = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"accel_hidiff-{model.name}", daemon=True)
@@ -101,15 +117,19 @@ class Engine:
         with self._work:
             waiting, running = sum(not job.ended for job in self._jobs), int(self._running is not None)
         opened = self._handle is not None
-        return EngineState(opened, self._needed, self._missing, waiting, running, dict(self._seconds))
+        seconds = dict(self._seconds)
+        return EngineState(opened, self._needed, self._missing, waiting, running, seconds, self._lost)
 
     def submit(self, job: Job) -> int:
         """Queues a request; returns how many are before it.
 
         Raises:
-            Refusal: 429 where the queue is full, 503 where the model is not loaded yet or the engine was closed.
+            Refusal: 429 where the queue is full, 503 where the model is not loaded yet, its device was lost or the
+                engine was closed.
         """
         with self._work:
+            if self._lost:
+                raise device_lost()
             if self._closed:
                 raise stopping()
             if self._handle is None:
@@ -129,13 +149,16 @@ class Engine:
 
     def close(self) -> None:
         """Takes no more requests; those that wait or run are refused, and the thread ends between two steps."""
+        self._end(stopping())
+
+    def _end(self, refusal: Refusal) -> None:
         with self._work:
             self._closed = True
             left = [*self._jobs, *([self._running] if self._running is not None else [])]
             self._jobs.clear()
             self._work.notify_all()
         for job in left:
-            job.finish(stopping())
+            job.finish(refusal)
 
     def join(self, timeout: float, loading: bool = False) -> bool:
         """Waits for the thread to end, after `close`; False if that takes longer than `timeout` seconds.
@@ -161,7 +184,10 @@ class Engine:
             if self._missing and time.monotonic() >= look:
                 try:
                     self._load(graphs)
-                except Exception:  # of the cache or a remote: requests are served all the same
+                except Exception as problem:  # of the cache or a remote: requests are served all the same
+                    if self._fault_of(problem) is Fault.DEVICE:
+                        self._lose_device(problem)
+                        break
                     LOG.exception("%s: cannot look for graphs", self.model.name)
                 look = time.monotonic() + _LOOK_AGAIN
             if (job := self._next(_LOOK_AGAIN if self._missing else None)) is None:
@@ -272,14 +298,41 @@ class Engine:
         except BadInput as problem:
             job.finish(invalid(None, str(problem)))
         except Exception as problem:
-            LOG.exception("%s: the pipeline failed", job.number)
-            job.finish(failed(type(problem).__name__, job.number))
+            self._fail(job, problem)
         else:
             seconds = time.monotonic() - began
             self._mean += (seconds - self._mean) / 4
             served = stats.hits - before[0], stats.eager_calls - before[1]
             job.finish(Finished(tuple(images), *served, waited=began - job.arrived, drawn=seconds))
         return stats.eager_calls == before[1] and not missed
+
+    def _fail(self, job: Job, problem: Exception) -> None:
+        """The pipeline raised: the request fails, alone where the device is still there."""
+        fault = self._fault_of(problem)
+        if fault is Fault.DEVICE:
+            self._lose_device(problem)
+        elif fault is Fault.MEMORY:
+            LOG.warning("%s: %s", job.number, first_line(problem))
+            job.finish(out_of_memory(size_text((job.request.height, job.request.width))))
+        else:
+            LOG.exception("%s: the pipeline failed", job.number)
+            job.finish(failed(type(problem).__name__, job.number))
+
+    def _fault_of(self, problem: Exception) -> Fault:
+        """Whose fault an error of the pipeline is, in compiled code or anywhere else."""
+        if isinstance(problem, OutOfMemory):
+            return Fault.MEMORY
+        if isinstance(problem, DeviceLost):
+            return Fault.DEVICE
+        from accel_hidiff.device import fault_of
+
+        return fault_of(problem, self._handle.pipe.device)
+
+    def _lose_device(self, problem: Exception) -> None:
+        """Nothing runs on the device any more: no request is taken, and none that waits is served."""
+        self._lost = first_line(problem)
+        LOG.critical("%s: its device is lost, start the process anew: %s", self.model.name, self._lost)
+        self._end(device_lost())
 
     def _draw(self, job: Job) -> Sequence[tuple[Any, int]]:
         """(PIL image, seed) of each image. One after the other, so that each depends on its own seed alone."""

@@ -87,6 +87,17 @@ def unavailable(message: str, code: str, retry_after: int | None) -> Refusal:
     return Refusal(503, message, kind="server_error", code=code, retry_after=retry_after)
 
 
+def out_of_memory(what: str) -> Refusal:
+    """503: the request needs more memory than the device has left; nothing is wrong with the service."""
+    message = f"expected {what} to fit the memory of the device, it does not now; ask for a smaller size, or try later"
+    return unavailable(message, "out_of_memory", None)
+
+
+def device_lost() -> Refusal:
+    """503: no request can be served any more until the process is started anew."""
+    return unavailable("the device answers no more; send the request to another replica", "device_lost", None)
+
+
 def stopping() -> Refusal:
     """503: the service was told to end."""
     return unavailable("the service is stopping; send the request to another replica", "stopping", 5)

@@ -14,7 +14,7 @@ from accel_hidiff.deploy import Deployment, ModelTable
 from accel_hidiff.serving.engine import Engine
 from accel_hidiff.serving.jobs import Job
 from accel_hidiff.serving.metrics import Metrics, counter, gauge
-from accel_hidiff.serving.refusal import stopping
+from accel_hidiff.serving.refusal import device_lost, stopping
 from accel_hidiff.serving.requests import size_text
 
 LOG = logging.getLogger(__name__)
@@ -61,9 +61,11 @@ class Service:
             engine.start()
 
     def submit(self, job: Job) -> int:
-        """Queues a request; see `Engine.submit`."""
+        """Queues a request; see `Engine.submit`. Once the device of a model is lost, none is taken for any."""
         if self.draining:
             raise stopping()
+        if any(engine.state().lost for engine in self.engines.values()):
+            raise device_lost()
         return self.engines[job.request.model].submit(job)
 
     def idle(self) -> bool:
@@ -100,12 +102,13 @@ class Service:
                 "ready": state.ready,
                 "graphs": state.graphs,
                 "missing": len(state.missing),
-                "why": list(state.missing[:_SHOWN]),
+                "why": [state.lost] if state.lost else list(state.missing[:_SHOWN]),
                 "seconds": {part: round(seconds, 3) for part, seconds in state.seconds.items()},
             }
             for name, state in states.items()
         }
-        status = "stopping" if self.draining else "ready" if ready else "loading"
+        lost = any(state.lost for state in states.values())
+        status = "stopping" if self.draining else "device lost" if lost else "ready" if ready else "loading"
         return ready, {"status": status, "seconds": self.ready_seconds, "models": models}
 
     def models(self) -> dict[str, Any]:

@@ -22,7 +22,10 @@ sys.meta_path.insert(0, Block())
 """
 PLAIN_MODULES = [
     "accel_hidiff",
-    *(f"accel_hidiff.{name}" for name in ("errors", "config", "topology", "families", "schedule", "shifts", "guard")),
+    *(
+        f"accel_hidiff.{name}"
+        for name in ("errors", "config", "topology", "families", "schedule", "shifts", "guard", "failures")
+    ),
     "accel_hidiff.compat",
     *(f"accel_hidiff.serving.{name}" for name in ("requests", "schema", "metrics", "engine", "service")),
     *("accel_hidiff.serving.app", "accel_hidiff.serving.command", "accel_hidiff.deploy"),

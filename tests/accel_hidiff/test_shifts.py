@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from accel_hidiff import HiDiffusionConfig, apply_hidiffusion
 from accel_hidiff.errors import BadInput
-from accel_hidiff.shifts import check_shifts, window_shifts
+from accel_hidiff.shifts import ShiftLayout, check_shifts, window_shifts
+from tests import models
 
 seeds = st.integers(0, 2**64 - 1)
 
@@ -131,3 +132,41 @@ def test_other_shifts_are_refused(shifts: Any, message: str) -> None:
 def test_values_that_are_no_integers_are_refused(shifts: Any) -> None:
     with pytest.raises(BadInput):
         check_shifts(shifts, 5)
+
+
+@given(st.lists(st.integers(1, 10), min_size=1, max_size=8), st.data())
+def test_in_a_row_all_that_a_graph_takes_begins_at_an_even_place(counts: list[int], data: Any) -> None:
+    layout = ShiftLayout(tuple(counts))
+    shifts = tuple(data.draw(st.lists(st.integers(0, 3), min_size=layout.blocks, max_size=layout.blocks)))
+    row = layout.row(shifts)
+    assert len(row) == layout.width and layout.width % 2 == 0 and row[: layout.blocks] == shifts
+    for (first, place), count in zip(layout.places.items(), counts, strict=True):
+        assert place % 2 == 0 and row[place : place + count] == shifts[first : first + count]
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_call_is_given_shifts_that_lie_where_compiled_code_can_load_them_and_are_not_copied_again(
+    by_hand: bool,
+) -> None:
+    """SD 1.5 has one windowed block in each of five transformers: every other slice of a row would begin at 8 bytes."""
+    unet = models.build("sd15", "text2img").unet
+    patch = apply_hidiffusion(unet)
+    shifts = (3, 1, 2, 0, 1)
+    seen: list[list[torch.Tensor]] = []
+
+    def look(*_: Any) -> None:
+        call = patch.scope.call
+        assert call is not None and call.shifts is not None
+        seen.append([call.shifts, *(call.shifts_of(first, 1) for first in range(5))])  # type: ignore[list-item]
+
+    unet.mid_block.register_forward_pre_hook(look)
+    text = torch.zeros(1, 4, unet.config.cross_attention_dim)
+    for step in (1, 1, 2):
+        with patch.phase(step, 4, shifts if by_hand else None), torch.no_grad():
+            unet(torch.zeros(1, 4, 16, 24), torch.tensor(1.0), text)
+    for step, (whole, *parts) in zip((1, 1, 2), seen, strict=True):
+        want = shifts if by_hand else window_shifts(0, step, 5)
+        assert tuple(whole.tolist()) == want and [part.tolist() for part in parts] == [[shift] for shift in want]
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in (whole, *parts))
+    first, second, other = ([tensor.data_ptr() for tensor in tensors] for tensors in seen)
+    assert first == second and (first == other) == by_hand

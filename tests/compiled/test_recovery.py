@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 
 import accel_hidiff as ah
 from accel_hidiff import dispatch
-from accel_hidiff.backends import aot
+from accel_hidiff.backends import aot, aot_package
 from accel_hidiff.backends.base import BoundRegion
-from compile_cache import CompileCache
+from accel_hidiff.binder import BoundCall
+from accel_hidiff.regions import ResnetRegion
+from compile_cache import CacheKey, CompileCache, Range, ShapeBucket
 from tests import models
 from tests.compiled.conftest import STEPS, relative_difference, request
 
@@ -26,7 +29,7 @@ class Faults:
     """Lets calls of packages fail: those of the regions whose path begins with `path`, `times` times."""
 
     def __init__(self) -> None:
-        self.path, self.times, self.error = "nothing", 0, RuntimeError("out of memory on device 0\nsecond line")
+        self.path, self.times, self.error = "nothing", 0, RuntimeError("no such kernel\nsecond line")
 
     def bind(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def bind(backend: Any, graph: Any, entry: Any) -> BoundRegion:
@@ -80,7 +83,7 @@ def test_an_artifact_that_fails_runs_eager_and_is_not_used_again_until_verified(
     assert relative_difference(image(handle.pipe), right) < 5e-3  # that very request
     assert faults.times == 0
     (reason,) = handle.stats.rejected
-    assert path in reason and "RuntimeError: out of memory on device 0; it is not used again until" in reason
+    assert path in reason and "RuntimeError: no such kernel; it is not used again until" in reason
     ran_eager = 1 if path == "vae.decoder" else STEPS
     with handle.stats.expect(eager_calls=ran_eager, hits=STEPS + 1 - ran_eager, compiles=0):
         assert relative_difference(image(handle.pipe), right) < 5e-3
@@ -93,7 +96,7 @@ def test_an_artifact_that_fails_runs_eager_and_is_not_used_again_until_verified(
 def test_strict_mode_refuses_with_the_reason_and_serves_again_after_a_check(cache_dir: Path, faults: Faults) -> None:
     handle = served(cache_dir, on_miss="error")
     faults.path, faults.times = "unet.mid_block", 1
-    with pytest.raises(ah.GraphMiss, match=r"unet\.mid_block.* failed: RuntimeError: out of memory"):
+    with pytest.raises(ah.GraphMiss, match=r"unet\.mid_block.* failed: RuntimeError: no such kernel"):
         image(handle.pipe)
     with pytest.raises(ah.GraphMiss, match=r"handle\.verify"):
         image(handle.pipe)
@@ -121,10 +124,76 @@ def test_a_package_that_does_not_load_runs_eager(cache_dir: Path, monkeypatch: A
     def fails(*arguments: Any) -> Any:
         raise ah.CompileFailed("unet: expected a package that loads, got: no such symbol")
 
-    monkeypatch.setattr(aot, "_load", fails)
+    monkeypatch.setattr(aot_package, "load_package", fails)
     handle = served(cache_dir)
     assert relative_difference(image(handle.pipe), right) < 5e-3
     assert handle.stats.hits == 0 and any("no such symbol" in reason for reason in handle.stats.rejected)
+
+
+class TestOutOfMemory:
+    """Of the device or of the host: what torch raises is raised in the place of a package's call."""
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
+    def test_a_second_try_succeeds_where_what_nobody_uses_was_enough(
+        self, cache_dir: Path, faults: Faults, right: torch.Tensor, error: Exception
+    ) -> None:
+        handle = served(cache_dir, on_miss="error")
+        faults.path, faults.times, faults.error = "unet.mid_block", 1, error
+        with handle.stats.expect(hits=STEPS + 1, eager_calls=0):
+            assert relative_difference(image(handle.pipe), right) < 5e-3
+        assert faults.times == 0 and not handle.stats.rejected and handle.verify() == {}
+
+    @pytest.mark.parametrize("on_miss", ["error", "eager", "compile"])
+    def test_a_request_that_does_not_fit_fails_alone(
+        self, cache_dir: Path, faults: Faults, right: torch.Tensor, on_miss: str
+    ) -> None:
+        handle = served(cache_dir, on_miss=on_miss)
+        image(handle.pipe)
+        faults.path, faults.times, faults.error = "unet.up_blocks.0", 2, torch.OutOfMemoryError("CUDA out of memory")
+        with pytest.raises(
+            ah.OutOfMemory, match=r"unet\.up_blocks\.0.* with an input of 2x\d+x\d+x\d+: .*smaller size"
+        ) as told:
+            image(handle.pipe)
+        assert "\n" not in str(told.value) and faults.times == 0
+        with handle.stats.expect(hits=STEPS + 1, eager_calls=0, bindings=0, misses=0):  # another size: nothing is lost
+            image(handle.pipe, height=128, width=128)
+        assert relative_difference(image(handle.pipe), right) < 5e-3
+        assert handle.stats.eager_calls == 0 and not handle.stats.rejected and handle.verify() == {}
+
+    def test_tensors_of_the_first_try_are_gone_before_the_second(self, cache_dir: Path, monkeypatch: Any) -> None:
+        """Or the memory that they take would be missing again."""
+        alive: list[bool] = []
+        kept: list[weakref.ref[torch.Tensor]] = []
+
+        def attempt(*inputs: torch.Tensor) -> torch.Tensor:
+            if kept:
+                alive.append(kept[0]() is not None)
+                return inputs[0]
+            large = torch.zeros(8)
+            kept.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        region = ResnetRegion("block", torch.nn.Conv2d(4, 4, 3), lambda image: image)
+        sizes = {"batch": 1, "height": 2, "width": 2}
+        bucket = ShapeBucket({name: Range.exactly(size) for name, size in sizes.items()})
+        call = BoundCall(BoundRegion(attempt, bucket), region, CacheKey({"a": 1}), sizes)
+        call(torch.zeros(1, 4, 2, 2))
+        assert alive == [False]
+
+
+class TestDeviceLost:
+    ERROR = RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported")
+
+    @pytest.mark.parametrize("on_miss", ["error", "eager"])
+    def test_nothing_is_tried_again_and_nothing_runs_eager(self, cache_dir: Path, faults: Faults, on_miss: str) -> None:
+        handle = served(cache_dir, on_miss=on_miss)
+        faults.path, faults.times, faults.error = "unet.mid_block", 2, self.ERROR
+        with pytest.raises(
+            ah.DeviceLost, match=r"unet\.mid_block.* cpu .*illegal memory access.*start it anew"
+        ) as told:
+            image(handle.pipe)
+        assert faults.times == 1 and "\n" not in str(told.value)
+        assert handle.stats.eager_calls == 0 and not handle.stats.rejected and handle.verify() == {}
 
 
 @pytest.mark.parametrize("when", [0, 1, STEPS - 1])  # in each phase

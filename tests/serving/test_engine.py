@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,32 @@ def image(event: Finished | Refusal) -> Any:
     return np.asarray(event.images[0][0])
 
 
+def failing_calls(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """What a region's compiled calls raise, one after the other; they work while the list is empty."""
+    failing: list[Exception] = []
+    bind = aot.AOTBackend.bind
+
+    def fragile(backend: Any, graph: Any, entry: Any) -> BoundRegion:
+        bound = bind(backend, graph, entry)
+
+        def call(*inputs: Any) -> Any:
+            if failing and graph.region.path == "unet.mid_block.resnets.0":
+                raise failing.pop()
+            return bound.call(*inputs)
+
+        return BoundRegion(call, bound.bucket)
+
+    monkeypatch.setattr(aot.AOTBackend, "bind", fragile)
+    return failing
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return fail
+
+
 class TestFaults:
     @pytest.mark.parametrize("step", [0, 1, STEPS - 1])
     def test_one_in_the_middle_of_a_request_leaves_the_next_one_right(
@@ -106,23 +133,10 @@ class TestFaults:
     def test_an_artifact_that_fails_is_checked_and_serves_again(
         self, start: Any, monkeypatch: pytest.MonkeyPatch, on_miss: str
     ) -> None:
-        failing: list[Exception] = []
-        bind = aot.AOTBackend.bind
-
-        def fragile(backend: Any, graph: Any, entry: Any) -> BoundRegion:
-            bound = bind(backend, graph, entry)
-
-            def call(*inputs: Any) -> Any:
-                if failing and graph.region.path == "unet.mid_block.resnets.0":
-                    raise failing.pop()
-                return bound.call(*inputs)
-
-            return BoundRegion(call, bound.bucket)
-
-        monkeypatch.setattr(aot.AOTBackend, "bind", fragile)
+        failing = failing_calls(monkeypatch)
         engine = start(on_miss=on_miss)
         right = image(ask(engine))
-        failing.append(RuntimeError("out of memory"))
+        failing.append(RuntimeError("no such kernel"))
         event = ask(engine)
         if on_miss == "error":
             assert isinstance(event, Refusal) and (event.status, event.code) == (503, "graph_missing")
@@ -133,6 +147,53 @@ class TestFaults:
         assert "not loaded" in engine.state().missing[0]
         until(lambda: engine.state().ready, 20)
         assert (image(ask(engine)) == right).all()
+
+    @pytest.mark.parametrize("where", ["compiled", "eager"])
+    def test_a_request_that_does_not_fit_the_memory_fails_alone(
+        self, start: Any, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        failing = failing_calls(monkeypatch)
+        engine = start()
+        right = image(ask(engine))
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if where == "compiled":
+            failing += [error, error]
+            refused = ask(engine)
+        else:
+            with monkeypatch.context() as patched:
+                patched.setattr(engine.handle.pipe.scheduler, "step", raises(error))
+                refused = ask(engine)
+        assert isinstance(refused, Refusal) and (refused.status, refused.code) == (503, "out_of_memory")
+        assert "192x128" in refused.message and not failing
+        assert engine.state().ready
+        again = ask(engine)
+        assert (image(again) == right).all() and isinstance(again, Finished) and again.eager == 0
+
+    @pytest.mark.parametrize("where", ["compiled", "eager"])
+    def test_a_lost_device_ends_everything(
+        self, start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+    ) -> None:
+        failing = failing_calls(monkeypatch)
+        engine = start()
+        error = RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
+        with caplog.at_level(logging.WARNING), monkeypatch.context() as patched:
+            if where == "compiled":
+                failing.append(error)
+            else:
+                patched.setattr(engine.handle.pipe.scheduler, "step", raises(error))
+            jobs = [Asked(), Asked()]
+            for asked in jobs:
+                with suppress(Refusal):
+                    engine.submit(asked.job)
+            first = jobs[0].end()
+        assert isinstance(first, Refusal) and (first.status, first.code) == (503, "device_lost")
+        with pytest.raises(Refusal, match="answers no more"):
+            engine.submit(Asked().job)
+        assert engine.join(10) and not engine.state().ready
+        assert "device-side assert triggered" in engine.state().lost
+        (record,) = [record for record in caplog.records if record.name == "accel_hidiff.serving.engine"]
+        assert record.levelno == logging.CRITICAL and "\n" not in record.getMessage()
+        assert engine.handle.stats.eager_calls == 0 and engine.handle.verify() == {}
 
     def test_input_that_the_pipeline_refuses_is_400(self, start: Any) -> None:
         engine = start(backend="eager", cfgpp=0.6)
