@@ -18,6 +18,7 @@ import psutil
 from accel_hidiff.compiling.blueprint import Blueprint, CompileJob
 from accel_hidiff.compiling.child import Child, ChildDied
 from accel_hidiff.compiling.frames import LOWEST_PRIORITY
+from accel_hidiff.compiling.instructions import Found
 from accel_hidiff.errors import BadInput
 from compile_cache import CompileCache, CompileCacheError
 
@@ -263,6 +264,31 @@ class CompilePool:
             LOG.exception("%s: what waited for its graph failed", outcome.path)
 
 
+class _Instructions:
+    """What one compiling process found out of this machine's instructions, for all later ones of this process."""
+
+    def __init__(self) -> None:
+        self._found: Found | None = None
+        self._lock = threading.Lock()
+
+    def found(self, child: Child) -> Found:
+        """What is known; the first child that asks finds it out, and those that ask meanwhile wait for it.
+
+        Raises:
+            ChildDied: before it could tell; the next one is asked then.
+        """
+        with self._lock:
+            if self._found is None:
+                child.send("find out", None)
+                while (answer := child.answer(_TICK)) is None:
+                    pass
+                self._found = answer["instructions"]
+            return self._found
+
+
+_instructions = _Instructions()
+
+
 class _Process:
     """One compiling process and its files."""
 
@@ -294,6 +320,7 @@ class _Process:
         try:
             if not self._blueprint:
                 self._child.send("cache", self._cache.handover())
+                self._child.send("instructions", _instructions.found(self._child))
             if self._blueprint != (digest := blueprint.digest()):
                 self._child.send("blueprint", blueprint)
                 self._blueprint = digest
@@ -342,8 +369,8 @@ def default_pool() -> CompilePool:
 
 
 def _forget_default() -> None:
-    global _default, _default_lock
-    _default, _default_lock = None, threading.Lock()
+    global _default, _default_lock, _instructions
+    _default, _default_lock, _instructions = None, threading.Lock(), _Instructions()
 
 
 os.register_at_fork(after_in_child=_forget_default)

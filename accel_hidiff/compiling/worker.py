@@ -79,6 +79,7 @@ def _session(target: Any) -> Any:
 
 def serve(inbox: Inbox, out: IO[str]) -> None:
     """Works off frames until the parent closes the pipe."""
+    from accel_hidiff.compiling.instructions import find_out, hand_down
     from compile_cache import CacheWriteError, CompileCache, RemoteError, TrustError
 
     bench: Any = None
@@ -86,6 +87,12 @@ def serve(inbox: Inbox, out: IO[str]) -> None:
     blueprint_error: Exception | None = None
     while True:
         kind, value = inbox.next()
+        if kind == "find out":
+            print(json.dumps({"instructions": find_out()}), file=out, flush=True)
+            continue
+        if kind == "instructions":
+            hand_down(value)
+            continue
         if kind == "cache":
             cache = CompileCache.from_handover(value)
             continue
