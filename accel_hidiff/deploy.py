@@ -27,6 +27,7 @@ from accel_hidiff.config import (
     FAMILIES,
     TASKS,
     CFGPlusPlusConfig,
+    DecodeConfig,
     OneDiffConfig,
     check_choice,
     check_pixels,
@@ -128,6 +129,7 @@ class ModelTable:
         backend, regions, shapes: as in `accelerate`.
         onediff: a table with the fields of `OneDiffConfig`, for backend "onediff".
         dtype, device: as in `load_pipeline`.
+        decode: a table with the fields of `DecodeConfig`: tiles, memory and dtype of the VAE's decoder.
         on_miss: "background", "eager" or "error": what `serve` does for a size that is not compiled.
     """
 
@@ -150,6 +152,7 @@ class ModelTable:
     dtype: str | None = None
     device: str | None = None
     on_miss: str = "background"
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
         _text("models.name", self.name)
@@ -166,6 +169,8 @@ class ModelTable:
             raise BadInput(f'models.onediff: expected a table such as {{mode = "jit"}}, got {self.onediff!r}')
         if self.onediff is not None and self.backend != "onediff":
             raise BadInput(f'models.onediff: expected it with backend = "onediff" alone, got {self.backend!r}')
+        if not isinstance(self.decode, DecodeConfig):
+            raise BadInput(f'models.decode: expected a table such as {{tiles = "auto"}}, got {self.decode!r}')
         check_choice("models.regions", self.regions, ("blocks", "whole"))
         check_choice("models.shapes", self.shapes, ("symbolic", "exact"))
         check_choice("models.on_miss", self.on_miss, SERVICE_ON_MISS)
@@ -341,7 +346,7 @@ def _table(kind: type[Any], name: str, data: Any) -> Any:
     if missing := [key for key in required if key not in data]:
         raise BadInput(f"{name}.{missing[0]}: expected a value, got none; it has no default")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    for inner, inner_kind in (("aspect_ratios", AspectRatios), ("onediff", OneDiffConfig)):
+    for inner, inner_kind in (("aspect_ratios", AspectRatios), ("onediff", OneDiffConfig), ("decode", DecodeConfig)):
         if isinstance(values.get(inner), Mapping):
             values[inner] = _table(inner_kind, f"{name}.{inner}", values[inner])
     return kind(**values)

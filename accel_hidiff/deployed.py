@@ -63,6 +63,7 @@ def open_deployed_model(
         shapes=model.shapes,
         family=model.family,
         task=model.task,
+        decode=model.decode,
         **options,
     )
     handle.meant_for = target

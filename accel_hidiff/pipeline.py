@@ -18,7 +18,14 @@ from accel_hidiff.compiling.background import Background
 from accel_hidiff.compiling.blueprint import Blueprint
 from accel_hidiff.compiling.needed import Needed, Progress, compile_needed
 from accel_hidiff.compiling.pool import CompilePool, default_pool
-from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, OneDiffConfig, check_choice, check_pixels
+from accel_hidiff.config import (
+    CFGPlusPlusConfig,
+    DecodeConfig,
+    HiDiffusionConfig,
+    OneDiffConfig,
+    check_choice,
+    check_pixels,
+)
 from accel_hidiff.dispatch import ON_MISS, Dispatcher
 from accel_hidiff.errors import BadInput
 from accel_hidiff.explain import ExplainRow, Explanation, PrecompileReport
@@ -188,8 +195,10 @@ class Handle:
         """
         patch = self.patch
         told = {"family": patch.family.name, "task": patch.task, "regions": self._installed.regions_kind}
+
         backend = self._dispatcher.binder.backend.spec
-        return Blueprint.of(self.pipe, config=patch.config, backend=backend, **told)
+        dtype = self._installed.decode.dtype
+        return Blueprint.of(self.pipe, config=patch.config, backend=backend, decode_dtype=dtype, **told)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until nothing that requests missed is queued or compiled in the background any more.
@@ -263,7 +272,9 @@ class Handle:
             rows.append(self._row("each", "CFG++ step", step))
         with self._graphs.in_decoder_precision():
             if decoder := self._graphs.decoder(height, width, 1):
-                rows.append(self._row("after", "VAE decoder", decoder))
+                tiles = self._graphs.tiles(height, width, 1)
+                name = "VAE decoder" if tiles is None else f"VAE decoder, {tiles}"
+                rows.append(self._row("after", name, decoder))
         model = f"{self.patch.family.name} ({self.patch.evidence})"
         return Explanation(height, width, steps, model, tuple(rows), self.patch.size_notice(height, width, steps))
 
@@ -364,6 +375,7 @@ def accelerate(
     family: str | None = None,
     task: str | None = None,
     background: CompilePool | None = None,
+    decode: DecodeConfig | None = None,
 ) -> Handle:
     """Makes a diffusers pipeline serve compiled graphs. `pipe(...)` is called as before.
 
@@ -382,6 +394,7 @@ def accelerate(
         shapes: "symbolic": one artifact for a range of sizes; "exact": one for each size, as always with "onediff".
         family, task: as in `apply_hidiffusion`.
         background: the pool that compiles under `on_miss="background"`; None: one worker that the whole process shares.
+        decode: how the VAE decodes: tiles, memory, dtype; None: as the pipeline does, in tiles where memory is short.
 
     Raises:
         NotAPipeline, UnknownLayout, BadInput: the pipeline or an option is not what it should be.
@@ -391,6 +404,8 @@ def accelerate(
         raise BadInput(f"guidance: expected a CFGPlusPlusConfig or None, got {type(guidance).__name__}")
     if hidiffusion is not None and not isinstance(hidiffusion, HiDiffusionConfig):
         raise BadInput(f"hidiffusion: expected a HiDiffusionConfig or None, got {type(hidiffusion).__name__}")
+    if decode is not None and not isinstance(decode, DecodeConfig):
+        raise BadInput(f"decode: expected a DecodeConfig or None, got {type(decode).__name__}")
     check_choice("on_miss", on_miss, ON_MISS)
     check_choice("regions", regions, REGIONS)
     check_choice("shapes", shapes, SHAPES)
@@ -419,7 +434,9 @@ def accelerate(
     shapes = "exact" if chosen.smallest_symbolic is None else shapes
     dispatcher = Dispatcher(Binder(cache, chosen, shapes, Stats()), on_miss, _hint(chosen.persistent, cache))
     memory_format = backend.memory_format if isinstance(backend, OneDiffConfig) else None
-    installed = Installed(pipe, dispatcher, hidiffusion or _NO_HIDIFFUSION, regions, family, task, memory_format)
+    installed = Installed(
+        pipe, dispatcher, hidiffusion or _NO_HIDIFFUSION, regions, family, task, memory_format, decode
+    )
     step = CompiledStep(dispatcher, unet.config.out_channels)
     guided = None if guidance is None else apply_cfgpp(pipe, config=guidance, stepper=step)
     try:

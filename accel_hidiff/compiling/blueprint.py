@@ -55,6 +55,7 @@ class Blueprint:
         models: pickle of `Parts`; tensors are on torch's "meta" device.
         config, regions, family, task: what they are patched with.
         backend: compiles them.
+        decode_dtype: as in `DecodeConfig`.
     """
 
     models: bytes
@@ -63,6 +64,7 @@ class Blueprint:
     family: str
     task: str
     backend: str | OneDiffConfig
+    decode_dtype: str | None = None
 
     @classmethod
     def of(
@@ -74,6 +76,7 @@ class Blueprint:
         family: str,
         task: str,
         backend: str | OneDiffConfig,
+        decode_dtype: str | None = None,
     ) -> Blueprint:
         """The blueprint of a pipeline; what is patched in it stays as it is.
 
@@ -90,11 +93,11 @@ class Blueprint:
                 f"the models cannot be described to a compiling process: {first}; compile them in this process "
                 "(handle.precompile) or keep what they hold in an importable module"
             ) from problem
-        return cls(stream.getvalue(), config, regions, family, task, backend)
+        return cls(stream.getvalue(), config, regions, family, task, backend, decode_dtype)
 
     def digest(self) -> str:
         """SHA-256, 64 hex digits."""
-        told = self.config, self.regions, self.family, self.task, self.backend
+        told = self.config, self.regions, self.family, self.task, self.backend, self.decode_dtype
         return hashlib.sha256(self.models + repr(told).encode()).hexdigest()
 
     def parts(self) -> Parts:
