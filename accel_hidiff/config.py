@@ -224,7 +224,7 @@ class DecodeConfig(_Config):
 
     tiles: str = "auto"
     tile: int = 1024
-    overlap: int = 256
+    overlap: int = 128
     max_memory: int | None = None
     dtype: str | None = None
 

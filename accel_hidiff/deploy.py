@@ -152,7 +152,7 @@ class ModelTable:
     dtype: str | None = None
     device: str | None = None
     on_miss: str = "background"
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    decode: DecodeConfig | None = None
 
     def __post_init__(self) -> None:
         _text("models.name", self.name)
@@ -169,7 +169,7 @@ class ModelTable:
             raise BadInput(f'models.onediff: expected a table such as {{mode = "jit"}}, got {self.onediff!r}')
         if self.onediff is not None and self.backend != "onediff":
             raise BadInput(f'models.onediff: expected it with backend = "onediff" alone, got {self.backend!r}')
-        if not isinstance(self.decode, DecodeConfig):
+        if self.decode is not None and not isinstance(self.decode, DecodeConfig):
             raise BadInput(f'models.decode: expected a table such as {{tiles = "auto"}}, got {self.decode!r}')
         check_choice("models.regions", self.regions, ("blocks", "whole"))
         check_choice("models.shapes", self.shapes, ("symbolic", "exact"))
