@@ -21,19 +21,20 @@ from accel_hidiff.config import DecodeConfig
 from accel_hidiff.errors import BadInput
 from accel_hidiff.schedule import LATENT_CELL
 
-# What a decode holds at its peak, in images of the widest feature map at full size. A resnet of that size needs three:
-# its input, the normalised one and the activated one; the rest is what convolutions put aside (on a CPU a reordered
-# input and output, in float32 for narrower dtypes). CPU: measured, benchmarks/decoding.py. CUDA: an H200 took 30 GB for
-# 4096x4096 in bfloat16, 3.5 images.
-_IMAGES: Final[Mapping[tuple[str, bool, bool], float]] = {  # device type, narrower than float32, compiled
-    ("cpu", False, False): 5.25,
-    ("cpu", False, True): 5.5,
-    ("cpu", True, False): 8.5,
-    ("cpu", True, True): 9.0,
-    ("cuda", False, False): 4.25,
-    ("cuda", False, True): 4.25,
-    ("cuda", True, False): 4.25,
-    ("cuda", True, True): 4.25,
+# What a decode holds at its peak: images of the widest feature map, and bytes beside them that do not grow with the
+# size. A resnet needs three such images: its input, the normalised one and the activated one; the rest is what
+# convolutions put aside (on a CPU reordered inputs and outputs, for narrower dtypes in float32). CPU: measured
+# (benchmarks/decoding.py). CUDA: an H200 took 30 GB for 4096x4096 in eager bfloat16, 3.5 images.
+_MIB: Final = 1 << 20
+_NEEDS: Final[Mapping[tuple[str, bool, bool], tuple[float, int]]] = {  # device type, narrower than float32, compiled
+    ("cpu", False, False): (3.75, 96 * _MIB),
+    ("cpu", False, True): (3.75, 96 * _MIB),
+    ("cpu", True, False): (7.25, 40 * _MIB),
+    ("cpu", True, True): (5.0, 40 * _MIB),
+    ("cuda", False, False): (4.25, 0),
+    ("cuda", False, True): (4.25, 0),
+    ("cuda", True, False): (4.25, 0),
+    ("cuda", True, True): (4.25, 0),
 }
 _RESERVE: Final = 0.9  # share of the free memory that a decode may take: allocators round up and fragment
 
@@ -75,8 +76,8 @@ class Decode:
             self.widths[min(level + 1, last)] * (height >> level) * (width >> level) for level in range(last + 1)
         )
         device = self.device if self.device == "cpu" else "cuda"
-        images = _IMAGES[device, self.itemsize < 4, self.compiled]
-        return int(images * widest * self.itemsize * self.batch)
+        images, beside = _NEEDS[device, self.itemsize < 4, self.compiled]
+        return int(images * widest * self.itemsize * self.batch) + beside
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 `seams`: pictures of drawn scenes, encoded by the trained demo VAE and decoded whole and in tiles; differences of pixels
 in [-1, 1], mean and largest, within the overlaps of tiles and elsewhere, beside the mean error of the whole decode
 against the picture itself. The demo VAE has no attention and one group per norm, so that a norm sees all of a tile.
-`dtype`: the same pictures decoded in bfloat16 against float32; the weights of the demo VAE are float16 numbers. `memory`: the resident memory that a decode of random weights adds in a process of its own, at its
-peak, and the estimate; eager.
+`dtype`: the same pictures decoded in bfloat16 against float32; the weights of the demo VAE are float16 numbers.
+`memory`: the resident memory that an eager decode of random weights adds in a process of its own, at its peak, and the
+estimate.
 """
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -45,7 +47,7 @@ def seam_mask(tiles: Tiles, height: int, width: int) -> Tensor:
     """(height, width) of bool: pixels within 8 of an edge of a tile, or in an overlap."""
     mask = torch.zeros(height, width, dtype=torch.bool)
     for starts, side, axis in ((tiles.tops, tiles.height, 0), (tiles.lefts, tiles.width, 1)):
-        for before, after in zip(starts, starts[1:], strict=False):
+        for before, after in itertools.pairwise(starts):
             low, high = after * 8 - 8, (before + side) * 8 + 8
             mask[(slice(low, high), slice(None)) if axis == 0 else (slice(None), slice(low, high))] = True
     return mask
