@@ -22,7 +22,7 @@ from rich.table import Table
 
 from accel_hidiff.benching.names import BENCHED, PEERS
 from accel_hidiff.benching.options import Options as BenchOptions
-from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_steps
+from accel_hidiff.config import CFGPlusPlusConfig, DecodeConfig, HiDiffusionConfig, check_steps
 from accel_hidiff.deploy import is_deploy_file, load_deployment, parse_size
 from accel_hidiff.errors import AccelHiDiffError, BadInput, BenchFailed, CompileFailed, DemoFailed, PatchConflict
 from accel_hidiff.files import whole_file
@@ -30,6 +30,7 @@ from accel_hidiff.precompiling.options import Options
 from accel_hidiff.schedule import running_steps
 from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey
 from compile_cache import Remote as SecondTier
+from compile_cache import commands
 from compile_cache.commands import open_cache
 from compile_cache.console import run_app
 
@@ -54,6 +55,15 @@ Task = Annotated[
 ]
 CFGPP = Annotated[
     float | None, typer.Option("--cfgpp", help="CFG++ guidance with this lambda, 0..1 (which changes no graph).")
+]
+DecodeTiles = Annotated[
+    str, typer.Option("--decode-tiles", help="auto (where memory is short), never or always: the VAE decodes in tiles.")
+]
+DecodeMemory = Annotated[
+    str | None, typer.Option("--decode-memory", help="What a decode may take, such as 8GB; what is free by default.")
+]
+DecodeDtype = Annotated[
+    str | None, typer.Option("--decode-dtype", help="bfloat16: the VAE decodes in it; as the pipeline does by default.")
 ]
 ControlNets = Annotated[
     list[str], typer.Option("--controlnet", help="A ControlNet's folder or hub id; repeat for more.")
@@ -101,6 +111,9 @@ def precompile(
     task: Task = None,
     controlnet: ControlNets = [],  # noqa: B006
     cfgpp: CFGPP = None,
+    decode_tiles: DecodeTiles = "auto",
+    decode_memory: DecodeMemory = None,
+    decode_dtype: DecodeDtype = None,
     remote: Remote = None,
     push: Annotated[bool, typer.Option("--push", help="Send what is stored here to the remote as well.")] = False,
     trust: Trust = [],  # noqa: B006
@@ -128,11 +141,13 @@ def precompile(
 
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
+    decode = _decode(decode_tiles, decode_memory, decode_dtype)
     signer = None if sign_with is None else SigningKey.load(sign_with)
     store = _open_cache(cache, remote, trust, push=push, sign_with=signer)
     settings = {"cache": store, "regions": regions, "shapes": shapes, "family": family, "task": task}
     guidance = _cfgpp(cfgpp)
-    handle = _accelerate(load_pipeline(model, dtype, device, controlnet), guidance=guidance, **settings)
+    pipe = load_pipeline(model, dtype, device, controlnet)
+    handle = _accelerate(pipe, guidance=guidance, decode=decode, **settings)
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -172,6 +187,9 @@ def generate(
     shapes: Shapes = "symbolic",
     family: Family = None,
     cfgpp: CFGPP = None,
+    decode_tiles: DecodeTiles = "auto",
+    decode_memory: DecodeMemory = None,
+    decode_dtype: DecodeDtype = None,
     remote: Remote = None,
     trust: Trust = [],  # noqa: B006
     dtype: Dtype = None,
@@ -186,10 +204,12 @@ def generate(
     sizes = [parse_size(text) for text in size]
     check_steps(steps)
     guidance = _cfgpp(cfgpp)
+    decode = _decode(decode_tiles, decode_memory, decode_dtype)
     store = _open_cache(cache, remote, trust)
     out.mkdir(parents=True, exist_ok=True)
     options = {"cache": store, "backend": backend, "on_miss": on_miss, "regions": regions, "shapes": shapes}
-    handle = _accelerate(load_pipeline(model, dtype, device), family=family, guidance=guidance, **options)
+    pipe = load_pipeline(model, dtype, device)
+    handle = _accelerate(pipe, family=family, guidance=guidance, decode=decode, **options)
     pipe = handle.pipe
     pipe.set_progress_bar_config(disable=as_json)
     written = []
@@ -245,6 +265,9 @@ def explain(
     task: Task = None,
     controlnet: ControlNets = [],  # noqa: B006
     cfgpp: CFGPP = None,
+    decode_tiles: DecodeTiles = "auto",
+    decode_memory: DecodeMemory = None,
+    decode_dtype: DecodeDtype = None,
     plot: Annotated[
         Path | None, typer.Option(help="A PNG of the phases, and of the size that each block runs at.")
     ] = None,
@@ -259,10 +282,11 @@ def explain(
 
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
+    decode = _decode(decode_tiles, decode_memory, decode_dtype)
     store = _open_cache(cache, remote, trust)
     options = {"cache": store, "backend": backend, "regions": regions, "shapes": shapes}
     pipe, target = load_skeleton(model, dtype, device, controlnet)
-    handle = _accelerate(pipe, family=family, task=task, guidance=_cfgpp(cfgpp), **options)
+    handle = _accelerate(pipe, family=family, task=task, guidance=_cfgpp(cfgpp), decode=decode, **options)
     handle.meant_for = target
     explanations = [handle.explain(height, width, steps, strength=strength) for height, width in sizes]
     if plot is not None:
@@ -405,6 +429,14 @@ def _open_cache(
 
 def _cfgpp(scale: float | None) -> CFGPlusPlusConfig | None:
     return None if scale is None else CFGPlusPlusConfig(scale)
+
+
+def _decode(tiles: str, memory: str | None, dtype: str | None) -> DecodeConfig:
+    try:
+        limit = None if memory is None else commands.parse_bytes(memory)
+    except commands.BadInput as problem:
+        raise BadInput(f"--decode-memory: {problem}") from problem
+    return DecodeConfig(tiles=tiles, max_memory=limit, dtype=dtype)
 
 
 def _print(value: Any) -> None:
