@@ -28,9 +28,8 @@ from accel_hidiff.errors import AccelHiDiffError, BadInput, BenchFailed, Compile
 from accel_hidiff.files import whole_file
 from accel_hidiff.precompiling.options import Options
 from accel_hidiff.schedule import running_steps
-from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey
+from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey, commands
 from compile_cache import Remote as SecondTier
-from compile_cache import commands
 from compile_cache.commands import open_cache
 from compile_cache.console import run_app
 
