@@ -29,7 +29,7 @@ _MIB: Final = 1 << 20
 _NEEDS: Final[Mapping[tuple[str, bool, bool], tuple[float, int]]] = {  # device type, narrower than float32, compiled
     ("cpu", False, False): (4.0, 96 * _MIB),
     ("cpu", False, True): (2.75, 40 * _MIB),
-    ("cpu", True, False): (7.25, 40 * _MIB),
+    ("cpu", True, False): (5.5, 128 * _MIB),
     ("cpu", True, True): (5.0, 40 * _MIB),
     ("cuda", False, False): (4.25, 0),
     ("cuda", False, True): (4.25, 0),

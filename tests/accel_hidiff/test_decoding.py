@@ -172,7 +172,7 @@ def test_the_estimate_is_an_upper_bound_and_not_far_off(widths: str, dtype: str)
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     itemsize = getattr(torch, dtype).itemsize
     estimate = Decode(48, 48, 1, tuple(map(int, widths.split(","))), itemsize, "cpu", compiled=False).peak_bytes()
-    assert 1 <= estimate / int(done.stdout) <= 1.7
+    assert 1 <= estimate / int(done.stdout) <= (1.7 if dtype == "float32" else 2.5)
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (9, 0)])
