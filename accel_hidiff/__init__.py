@@ -14,6 +14,7 @@ _HOME = {
     "HiDiffusionConfig": "config",
     "CFGPlusPlusConfig": "config",
     "OneDiffConfig": "config",
+    "DecodeConfig": "config",
     "Topology": "topology",
     "Phase": "schedule",
     "PhasePlan": "schedule",

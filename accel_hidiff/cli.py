@@ -23,14 +23,14 @@ from rich.text import Text
 
 from accel_hidiff.benching.names import BENCHED, PEERS
 from accel_hidiff.benching.options import Options as BenchOptions
-from accel_hidiff.config import CFGPlusPlusConfig, HiDiffusionConfig, check_steps
+from accel_hidiff.config import CFGPlusPlusConfig, DecodeConfig, HiDiffusionConfig, check_steps
 from accel_hidiff.deploy import is_deploy_file, load_deployment, parse_size
 from accel_hidiff.errors import AccelHiDiffError, BadInput, BenchFailed, CompileFailed, DemoFailed, PatchConflict
 from accel_hidiff.files import whole_file
 from accel_hidiff.packages.command import inspect
 from accel_hidiff.precompiling.options import Options
 from accel_hidiff.schedule import running_steps
-from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey
+from compile_cache import CompileCache, CompileCacheError, RemoteError, SigningKey, commands
 from compile_cache import Remote as SecondTier
 from compile_cache.commands import open_cache
 from compile_cache.console import run_app
@@ -57,6 +57,15 @@ Task = Annotated[
 ]
 CFGPP = Annotated[
     float | None, typer.Option("--cfgpp", help="CFG++ guidance with this lambda, 0..1 (which changes no graph).")
+]
+DecodeTiles = Annotated[
+    str, typer.Option("--decode-tiles", help="auto (where memory is short), never or always: the VAE decodes in tiles.")
+]
+DecodeMemory = Annotated[
+    str | None, typer.Option("--decode-memory", help="What a decode may take, such as 8GB; what is free by default.")
+]
+DecodeDtype = Annotated[
+    str | None, typer.Option("--decode-dtype", help="bfloat16: the VAE decodes in it; as the pipeline does by default.")
 ]
 ControlNets = Annotated[
     list[str], typer.Option("--controlnet", help="A ControlNet's folder or hub id; repeat for more.")
@@ -116,6 +125,9 @@ def precompile(
     task: Task = None,
     controlnet: ControlNets = [],  # noqa: B006
     cfgpp: CFGPP = None,
+    decode_tiles: DecodeTiles = "auto",
+    decode_memory: DecodeMemory = None,
+    decode_dtype: DecodeDtype = None,
     remote: Remote = None,
     push: Annotated[bool, typer.Option("--push", help="Send what is stored here to the remote as well.")] = False,
     trust: Trust = [],  # noqa: B006
@@ -143,10 +155,11 @@ def precompile(
         raise BadInput("--size: expected at least one WIDTHxHEIGHT, got none; give it, or a deploy file (.toml)")
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
+    decode = _decode(decode_tiles, decode_memory, decode_dtype)
     signer = None if sign_with is None else SigningKey.load(sign_with)
     store = _open_cache(cache, remote, trust, push=push, sign_with=signer)
     settings = {"cache": store, "regions": regions, "shapes": shapes, "family": family, "task": task}
-    settings |= {"guidance": _cfgpp(cfgpp), "memory_format": memory_format}
+    settings |= {"guidance": _cfgpp(cfgpp), "memory_format": memory_format, "decode": decode}
     handle = _compilable((model, dtype, device, controlnet), target, settings)
     console = Console(stderr=True)
     columns = (
@@ -224,6 +237,9 @@ def generate(
     shapes: Shapes = "symbolic",
     family: Family = None,
     cfgpp: CFGPP = None,
+    decode_tiles: DecodeTiles = "auto",
+    decode_memory: DecodeMemory = None,
+    decode_dtype: DecodeDtype = None,
     remote: Remote = None,
     trust: Trust = [],  # noqa: B006
     dtype: Dtype = None,
@@ -240,10 +256,11 @@ def generate(
     sizes = [parse_size(text) for text in size]
     check_steps(steps)
     guidance = _cfgpp(cfgpp)
+    decode = _decode(decode_tiles, decode_memory, decode_dtype)
     store = _open_cache(cache, remote, trust)
     out.mkdir(parents=True, exist_ok=True)
     options = {"cache": store, "backend": backend, "on_miss": on_miss, "regions": regions, "shapes": shapes}
-    options |= {"memory_format": memory_format, "variant": variant}
+    options |= {"memory_format": memory_format, "variant": variant, "decode": decode}
     handle = _accelerate(load_pipeline(model, dtype, device), family=family, guidance=guidance, **options)
     pipe = handle.pipe
     pipe.set_progress_bar_config(disable=as_json)
@@ -300,6 +317,9 @@ def explain(
     task: Task = None,
     controlnet: ControlNets = [],  # noqa: B006
     cfgpp: CFGPP = None,
+    decode_tiles: DecodeTiles = "auto",
+    decode_memory: DecodeMemory = None,
+    decode_dtype: DecodeDtype = None,
     plot: Annotated[
         Path | None, typer.Option(help="A PNG of the phases, and of the size that each block runs at.")
     ] = None,
@@ -315,9 +335,10 @@ def explain(
     """Show which graph runs at which step, and whether the cache holds it. Loads no weights."""
     sizes = [parse_size(text) for text in size]
     running_steps(steps, strength)
+    decode = _decode(decode_tiles, decode_memory, decode_dtype)
     store = _open_cache(cache, remote, trust)
     options = {"cache": store, "backend": backend, "regions": regions, "shapes": shapes, "memory_format": memory_format}
-    options |= {"family": family, "task": task, "guidance": _cfgpp(cfgpp), "variant": variant}
+    options |= {"family": family, "task": task, "guidance": _cfgpp(cfgpp), "variant": variant, "decode": decode}
     handle = _skeleton((model, dtype, device, controlnet), target, options)
     explanations = [handle.explain(height, width, steps, strength=strength) for height, width in sizes]
     if plot is not None:
@@ -482,6 +503,14 @@ def _open_cache(
 
 def _cfgpp(scale: float | None) -> CFGPlusPlusConfig | None:
     return None if scale is None else CFGPlusPlusConfig(scale)
+
+
+def _decode(tiles: str, memory: str | None, dtype: str | None) -> DecodeConfig:
+    try:
+        limit = None if memory is None else commands.parse_bytes(memory)
+    except commands.BadInput as problem:
+        raise BadInput(f"--decode-memory: {problem}") from problem
+    return DecodeConfig(tiles=tiles, max_memory=limit, dtype=dtype)
 
 
 def _print(value: Any) -> None:

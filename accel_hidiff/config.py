@@ -18,6 +18,8 @@ WINDOW_SHIFTS = ("per_block", "per_step")
 ONEDIFF_COMPILERS = ("nexfort", "oneflow")
 MEMORY_FORMATS = ("channels_last", "contiguous")
 NEXFORT_MODE = "jit"
+DECODE_TILES = ("auto", "never", "always")
+DECODE_DTYPES = ("bfloat16",)
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,51 @@ class OneDiffConfig(_Config):
             object.__setattr__(self, "options", json.loads(json.dumps(dict(self.options), allow_nan=False)))
         except (TypeError, ValueError) as problem:
             raise BadInput(f"onediff.options: expected values that JSON has, got {problem}") from None
+
+
+@dataclass(frozen=True)
+class DecodeConfig(_Config):
+    """How the VAE decodes; the defaults change nothing for an image that fits into memory.
+
+    Args:
+        tiles: "auto": in overlapping tiles where the image as a whole would take more than `max_memory`, "never",
+            "always". A tile is normalised by what it shows itself, so that a tiled image differs a little from a whole
+            one (benchmarks/RESULTS.md has figures).
+        tile: the longest side of a tile in pixels, a multiple of 8.
+        overlap: pixels that neighbouring tiles share at least, a multiple of 8, at most half a tile.
+        max_memory: bytes that a decode may take; None: what is free on the device when it begins, so that the same
+            request may be tiled at one time and not at another.
+        dtype: "bfloat16" decodes in it, whatever dtype the VAE has (a float16 pipeline of SDXL decodes in float32
+            otherwise); None: as the pipeline does.
+
+    Raises:
+        BadInput: another value.
+    """
+
+    tiles: str = "auto"
+    tile: int = 1024
+    overlap: int = 128
+    max_memory: int | None = None
+    dtype: str | None = None
+
+    VERSION: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_choice("decode.tiles", self.tiles, DECODE_TILES)
+        for name, least in (("tile", 64), ("overlap", 0)):
+            pixels = getattr(self, name)
+            if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < least or pixels % 8:
+                raise BadInput(f"decode.{name}: expected a multiple of 8 pixels, at least {least}, got {pixels!r}")
+        if self.overlap > self.tile // 2:
+            raise BadInput(
+                f"decode.overlap: expected at most half of a tile of {self.tile} pixels, got {self.overlap}; "
+                "make tiles larger or the overlap smaller"
+            )
+        limit = self.max_memory
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise BadInput(f"decode.max_memory: expected a positive number of bytes or None, got {limit!r}")
+        if self.dtype is not None:
+            check_choice("decode.dtype", self.dtype, DECODE_DTYPES)
 
 
 CFG_PER_LAMBDA = 12.5  # the CFG weight whose effect lambda = 1 has, by the authors' account

@@ -28,6 +28,7 @@ from accel_hidiff.config import (
     MEMORY_FORMATS,
     TASKS,
     CFGPlusPlusConfig,
+    DecodeConfig,
     OneDiffConfig,
     check_choice,
     check_pixels,
@@ -131,6 +132,7 @@ class ModelTable:
         dtype, device: as in `load_pipeline`.
         target: GPU to compile for, which need not be where `precompile` runs: "sm_90", "h200", see `Target.parse`.
         memory_format: "channels_last" or "contiguous", of the convolutions' weights; None: as the model has it.
+        decode: a table with the fields of `DecodeConfig`: tiles, memory and dtype of the VAE's decoder.
         on_miss: "background", "eager" or "error": what `serve` does for a size that is not compiled.
     """
 
@@ -155,6 +157,7 @@ class ModelTable:
     target: str | None = None
     memory_format: str | None = None
     on_miss: str = "background"
+    decode: DecodeConfig | None = None
 
     def __post_init__(self) -> None:
         _text("models.name", self.name)
@@ -171,6 +174,8 @@ class ModelTable:
             raise BadInput(f'models.onediff: expected a table such as {{mode = "jit"}}, got {self.onediff!r}')
         if self.onediff is not None and self.backend != "onediff":
             raise BadInput(f'models.onediff: expected it with backend = "onediff" alone, got {self.backend!r}')
+        if self.decode is not None and not isinstance(self.decode, DecodeConfig):
+            raise BadInput(f'models.decode: expected a table such as {{tiles = "auto"}}, got {self.decode!r}')
         check_choice("models.regions", self.regions, ("blocks", "whole"))
         check_choice("models.shapes", self.shapes, ("symbolic", "exact"))
         check_choice("models.on_miss", self.on_miss, SERVICE_ON_MISS)
@@ -355,7 +360,7 @@ def _table(kind: type[Any], name: str, data: Any) -> Any:
     if missing := [key for key in required if key not in data]:
         raise BadInput(f"{name}.{missing[0]}: expected a value, got none; it has no default")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    for inner, inner_kind in (("aspect_ratios", AspectRatios), ("onediff", OneDiffConfig)):
+    for inner, inner_kind in (("aspect_ratios", AspectRatios), ("onediff", OneDiffConfig), ("decode", DecodeConfig)):
         if isinstance(values.get(inner), Mapping):
             values[inner] = _table(inner_kind, f"{name}.{inner}", values[inner])
     return kind(**values)

@@ -66,6 +66,7 @@ def open_deployed_model(
         task=model.task,
         target=model.target,
         memory_format=model.memory_format,
+        decode=model.decode,
         **options,
     )
     handle.meant_for = target

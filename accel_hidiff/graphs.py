@@ -11,6 +11,7 @@ import torch
 
 from accel_hidiff.binder import Graphs
 from accel_hidiff.cfgpp.compiled import CompiledStep
+from accel_hidiff.decoding import Tiles
 from accel_hidiff.dispatch import Dispatcher
 from accel_hidiff.installed import Installed
 from accel_hidiff.schedule import LATENT_CELL, Phase, control_steps
@@ -89,7 +90,18 @@ class RequestGraphs:
         if vae is None:
             return []
         cells = height // LATENT_CELL, width // LATENT_CELL
+        tiles = self.tiles(height, width, batch)
+        if tiles is not None:
+            cells, batch = (tiles.height, tiles.width), 1
         return self._installed.decoder.graphs(*cells, batch, dtype=vae.dtype, device=self._device(vae))
+
+    def tiles(self, height: int, width: int, batch: int) -> Tiles | None:
+        """What the VAE's decoder cuts an image of this size into, with the memory that is free now; None: nothing."""
+        vae: Any = getattr(self._pipe, "vae", None)
+        if vae is None:
+            return None
+        cells = height // LATENT_CELL, width // LATENT_CELL
+        return self._installed.decoder.tiles(*cells, batch, vae.dtype, self._device(vae))
 
     def _device(self, model: Any) -> torch.device:
         """Where a model runs: where it is, or where it is meant to be while it is only a skeleton."""
@@ -105,9 +117,14 @@ class RequestGraphs:
 
     @contextmanager
     def in_decoder_precision(self) -> Iterator[None]:
-        """The VAE as it decodes, inside of the block: SDXL pipelines raise a float16 one to float32 for that."""
+        """The VAE as it decodes, inside of the block: SDXL's pipelines raise a float16 one to float32 for that, those of
+        SD 1.5 and 2.1 do not, whatever the VAE's config says.
+
+        A decoder with a dtype of its own (`DecodeConfig.dtype`) stays as it is.
+        """
         vae: Any = getattr(self._pipe, "vae", None)
         raised = vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        raised = raised and self._installed.decoder.dtype is None and self._installed.patch.family.name != "sd15"
         if raised:
             vae.to(torch.float32)
         self._dispatcher.refresh()

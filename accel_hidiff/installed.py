@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Final
 
-from accel_hidiff.config import HiDiffusionConfig
+from accel_hidiff.config import DecodeConfig, HiDiffusionConfig
 from accel_hidiff.control import find_controlnets
 from accel_hidiff.dispatch import Dispatcher
 from accel_hidiff.errors import AccelHiDiffError
@@ -27,6 +27,7 @@ class Installed:
         config: HiDiffusion's settings.
         regions, family, task: as in `accelerate`.
         memory_format: of the convolutions' weights, as in `OneDiffConfig`; None: as they are.
+        decode: how the VAE decodes; None: as by default.
     """
 
     unet: ServedUNet
@@ -42,6 +43,7 @@ class Installed:
         family: str | None,
         task: str | None,
         memory_format: str | None = None,
+        decode: DecodeConfig | None = None,
     ) -> None:
         self._pipe = pipe
         self._dispatcher = dispatcher
@@ -49,6 +51,7 @@ class Installed:
         self.regions_kind = regions
         self._told = family, task
         self._memory_format = memory_format
+        self.decode = decode or DecodeConfig()
         self._converted: ConvertedWeights | None = None
         self._undo = UndoLog()
         self._vae: Any = None
@@ -79,7 +82,7 @@ class Installed:
         if self._memory_format is not None:
             models = pipe.unet, getattr(getattr(pipe, "vae", None), "decoder", None), *found.values()
             self._converted = ConvertedWeights(models, self._memory_format)
-        self.unet, self.controlnets, self.decoder = unet, nets, ServedDecoder(dispatcher)
+        self.unet, self.controlnets, self.decoder = unet, nets, ServedDecoder(dispatcher, self.decode)
         self._vae = getattr(pipe, "vae", None)
         if self._vae is not None and hasattr(self._vae, "decoder"):
             self.decoder.install(self._vae, self._undo)

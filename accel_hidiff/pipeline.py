@@ -23,6 +23,7 @@ from accel_hidiff.compiling.pool import CompilePool, default_pool
 from accel_hidiff.config import (
     MEMORY_FORMATS,
     CFGPlusPlusConfig,
+    DecodeConfig,
     HiDiffusionConfig,
     OneDiffConfig,
     check_choice,
@@ -204,10 +205,15 @@ class Handle:
             CompileFailed: something in the models cannot go to another process.
         """
         patch = self.patch
-        told = {"family": patch.family.name, "task": patch.task, "regions": self._installed.regions_kind}
+        told: dict[str, Any] = {
+            "family": patch.family.name,
+            "task": patch.task,
+            "regions": self._installed.regions_kind,
+        }
         backend = self._dispatcher.binder.backend.spec
-        target = self._dispatcher.binder.backend.target
-        return Blueprint.of(self.pipe, config=patch.config, backend=backend, target=target, **told)
+        target, dtype = self._dispatcher.binder.backend.target, self._installed.decode.dtype
+        told |= {"target": target, "decode_dtype": dtype}
+        return Blueprint.of(self.pipe, config=patch.config, backend=backend, **told)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until nothing that requests missed is queued or compiled in the background any more.
@@ -311,7 +317,9 @@ class Handle:
             rows.append(self._row("each", "CFG++ step", step))
         with self._graphs.in_decoder_precision():
             if decoder := self._graphs.decoder(height, width, 1):
-                rows.append(self._row("after", "VAE decoder", decoder))
+                tiles = self._graphs.tiles(height, width, 1)
+                name = "VAE decoder" if tiles is None else f"VAE decoder, {tiles}"
+                rows.append(self._row("after", name, decoder))
         model = f"{self.patch.family.name} ({self.patch.evidence})"
         return Explanation(height, width, steps, model, tuple(rows), self.patch.size_notice(height, width, steps))
 
@@ -415,6 +423,7 @@ def accelerate(
     target: Target | str | None = None,
     memory_format: str | None = None,
     variant: str | None = None,
+    decode: DecodeConfig | None = None,
 ) -> Handle:
     """Makes a diffusers pipeline serve compiled graphs. `pipe(...)` is called as before.
 
@@ -438,6 +447,7 @@ def accelerate(
         memory_format: "channels_last" or "contiguous": the weights of convolutions are laid out so until `remove`;
             None: as they are. Graphs of one format do not serve another one.
         variant: "tuned": artifacts that `tune` found better on this device come first; None: those as compiled.
+        decode: how the VAE decodes: tiles, memory, dtype; None: as the pipeline does, in tiles where memory is short.
 
     Raises:
         NotAPipeline, UnknownLayout, BadInput: the pipeline or an option is not what it should be.
@@ -447,6 +457,8 @@ def accelerate(
         raise BadInput(f"guidance: expected a CFGPlusPlusConfig or None, got {type(guidance).__name__}")
     if hidiffusion is not None and not isinstance(hidiffusion, HiDiffusionConfig):
         raise BadInput(f"hidiffusion: expected a HiDiffusionConfig or None, got {type(hidiffusion).__name__}")
+    if decode is not None and not isinstance(decode, DecodeConfig):
+        raise BadInput(f"decode: expected a DecodeConfig or None, got {type(decode).__name__}")
     check_choice("on_miss", on_miss, ON_MISS)
     check_choice("regions", regions, REGIONS)
     check_choice("shapes", shapes, SHAPES)
@@ -477,7 +489,9 @@ def accelerate(
     shapes = "exact" if chosen.smallest_symbolic is None else shapes
     dispatcher = Dispatcher(Binder(cache, chosen, shapes, Stats()), on_miss, _hint(chosen.persistent, cache))
     memory_format = memory_format or (backend.memory_format if isinstance(backend, OneDiffConfig) else None)
-    installed = Installed(pipe, dispatcher, hidiffusion or _NO_HIDIFFUSION, regions, family, task, memory_format)
+    installed = Installed(
+        pipe, dispatcher, hidiffusion or _NO_HIDIFFUSION, regions, family, task, memory_format, decode
+    )
     step = CompiledStep(dispatcher, unet.config.out_channels)
     guided = None if guidance is None else apply_cfgpp(pipe, config=guidance, stepper=step)
     try:

@@ -7,8 +7,9 @@ needs.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from accel_hidiff import compat
 from accel_hidiff.binder import ArtifactFailed, Graphs
 from accel_hidiff.call import UNetCall
+from accel_hidiff.config import DecodeConfig
 from accel_hidiff.control import DOWN
+from accel_hidiff.decoding import Decode, InDtype, Tiles, choose_tiles, decode_in_tiles, free_memory, require_dtype
 from accel_hidiff.dispatch import Dispatcher
 from accel_hidiff.facts import call_facts, call_name, hook_of
 from accel_hidiff.families import Layout, Size, feature_sizes
@@ -35,8 +38,11 @@ from accel_hidiff.regions import (
     find_blocks,
     is_whole_controlnet,
 )
+from accel_hidiff.schedule import LATENT_CELL
 from accel_hidiff.topology import PLAIN, Topology
 from accel_hidiff.undo import UndoLog
+
+LOG: Final = logging.getLogger("accel_hidiff")
 
 ControlNetOutput = compat.controlnet_output()
 
@@ -190,49 +196,101 @@ class ServedControlNet:
 
 
 class ServedDecoder:
-    """A VAE's decoder, tiles included."""
+    """A VAE's decoder: whole or in tiles, in the VAE's own dtype or in another one.
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    Args:
+        dispatcher: serves its calls.
+        config: tiles, limit of memory and dtype.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, config: DecodeConfig) -> None:
         self.dispatcher = dispatcher
+        self.config = config
         self.region: DecoderRegion | None = None
+        self._widths: tuple[int, ...] = ()
+        self._in_dtype: InDtype | None = None
+        self._told: set[Tiles] = set()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What it decodes in whatever the VAE's dtype is; None: in that."""
+        return None if self.config.dtype is None else getattr(torch, self.config.dtype)
 
     def install(self, vae: Any, undo: UndoLog) -> None:
-        """Takes over the decoder's calls."""
-        self.region = region = DecoderRegion(DECODER, vae.decoder, vae.decoder.forward)
-        self.dispatcher.register(DECODER, vae.decoder, [region])
-        undo.replace(vae.decoder, "forward", self._forward(region, vae), f"region {DECODER}")
+        """Takes over the decoder's calls.
+
+        Raises:
+            BadInput: the device cannot compute in the dtype that was asked for.
+        """
+        module = vae.decoder
+        if self.dtype is not None:
+            require_dtype(self.dtype, vae.device)
+            self._in_dtype = InDtype(module, self.dtype)
+            module = self._in_dtype.module
+        self._widths = tuple(vae.config.block_out_channels)
+        self.region = region = DecoderRegion(DECODER, module, module.forward)
+        self.dispatcher.register(DECODER, module, [region])
+        undo.replace(vae.decoder, "forward", self._forward(vae), f"region {DECODER}")
         region.own_forwards = undo.function_ids()
 
-    def _forward(self, region: DecoderRegion, vae: Any) -> Forward:
-        inner = region.inner
+    def tiles(self, height: int, width: int, batch: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
+        """What a decode is cut into; None: nothing. Sizes are latent."""
+        if not self._widths:
+            return None
+        dtype = self.dtype or dtype
+        compiled = self.dispatcher.binder.backend.name != "eager"
+        decode = Decode(height, width, batch, self._widths, dtype.itemsize, device.type, compiled)
+        return choose_tiles(self.config, decode, free_memory(device) if self.config.tiles == "auto" else None)
 
+    def _forward(self, vae: Any) -> Forward:
         def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.dispatcher.refresh(DECODER)
-            hook = hook_of(vae)
-            name = (DECODER, hook, *call_name(sample))
-            self.dispatcher.forget_missing(name)
+            given, shadow = sample.dtype, self._in_dtype
+            if shadow is not None:
+                shadow.follow(sample.device)
+                sample = sample.to(shadow.dtype)
             batch, _, height, width = sample.shape
-            graph = self.dispatcher.graph(
-                name,
-                lambda: call_facts(PLAIN, sample, model=region.module, hook=hook),
-                lambda: self.graphs(height, width, batch, dtype=sample.dtype, device=sample.device),
-            )
-            compiled = graph.calls.get(DECODER)
-            if compiled is not None:
-                try:
-                    return region.forward_with(compiled, None, sample, *args, **kwargs)
-                except ArtifactFailed as failed:
-                    self.dispatcher.quarantine(failed)
-            return inner(sample, *args, **kwargs)
+            tiles = self.tiles(height, width, batch, sample.dtype, sample.device)
+            if tiles is None:
+                return self._run(vae, sample, *args, **kwargs).to(given)
+            self._tell(tiles, height, width)
+            return decode_in_tiles(lambda cells: self._run(vae, cells, *args, **kwargs), sample, tiles).to(given)
 
         return forward
 
+    def _run(self, vae: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.region is not None, "served models are installed first"
+        region = self.region
+        self.dispatcher.refresh(DECODER)
+        hook = hook_of(vae)
+        name = (DECODER, hook, *call_name(sample))
+        self.dispatcher.forget_missing(name)
+        batch, _, height, width = sample.shape
+        graph = self.dispatcher.graph(
+            name,
+            lambda: call_facts(PLAIN, sample, model=region.module, hook=hook),
+            lambda: self.graphs(height, width, batch, dtype=sample.dtype, device=sample.device),
+        )
+        compiled = graph.calls.get(DECODER)
+        if compiled is not None:
+            try:
+                return region.forward_with(compiled, None, sample, *args, **kwargs)
+            except ArtifactFailed as failed:
+                self.dispatcher.quarantine(failed)
+        return region.inner(sample, *args, **kwargs)
+
+    def _tell(self, tiles: Tiles, height: int, width: int) -> None:
+        if tiles in self._told:
+            return
+        self._told.add(tiles)
+        pixels = f"{width * LATENT_CELL}x{height * LATENT_CELL}"
+        LOG.info("the VAE decodes %s in %d %s", pixels, tiles.count, tiles, extra={"event": "tiles"})
+
     def graphs(self, height: int, width: int, batch: int, *, dtype: torch.dtype, device: torch.device) -> Graphs:
-        """The decoder's graph and sizes; none where the pipeline has no VAE."""
+        """The decoder's graph and sizes, of latents that are decoded as they are; none where there is no VAE."""
         if self.region is None:
             return []
         sizes = {"batch": batch, "height": height, "width": width}
-        return [(self.dispatcher.binder.graph(self.region, PLAIN, sizes, dtype, device), sizes)]
+        return [(self.dispatcher.binder.graph(self.region, PLAIN, sizes, self.dtype or dtype, device), sizes)]
 
 
 def _graphs_of(

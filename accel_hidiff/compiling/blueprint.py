@@ -57,6 +57,7 @@ class Blueprint:
         config, regions, family, task: what they are patched with.
         backend: compiles them.
         target: what GPU code is for; None: the device of a job.
+        decode_dtype: as in `DecodeConfig`.
     """
 
     models: bytes
@@ -66,6 +67,7 @@ class Blueprint:
     task: str
     backend: str | OneDiffConfig
     target: Target | None = None
+    decode_dtype: str | None = None
 
     @classmethod
     def of(
@@ -78,6 +80,7 @@ class Blueprint:
         task: str,
         backend: str | OneDiffConfig,
         target: Target | None = None,
+        decode_dtype: str | None = None,
     ) -> Blueprint:
         """The blueprint of a pipeline; what is patched in it stays as it is.
 
@@ -94,11 +97,11 @@ class Blueprint:
                 f"the models cannot be described to a compiling process: {first}; compile them in this process "
                 "(handle.precompile) or keep what they hold in an importable module"
             ) from problem
-        return cls(stream.getvalue(), config, regions, family, task, backend, target)
+        return cls(stream.getvalue(), config, regions, family, task, backend, target, decode_dtype)
 
     def digest(self) -> str:
         """SHA-256, 64 hex digits."""
-        told = self.config, self.regions, self.family, self.task, self.backend, self.target
+        told = self.config, self.regions, self.family, self.task, self.backend, self.target, self.decode_dtype
         return hashlib.sha256(self.models + repr(told).encode()).hexdigest()
 
     def parts(self) -> Parts:

@@ -25,6 +25,7 @@ class _Bench:
     def __init__(self, blueprint: Any) -> None:
         from accel_hidiff.backends import create_backend
         from accel_hidiff.binder import Binder
+        from accel_hidiff.config import DecodeConfig
         from accel_hidiff.dispatch import Dispatcher
         from accel_hidiff.installed import Installed
         from accel_hidiff.regions.step import STEP, StepRegion
@@ -35,7 +36,7 @@ class _Bench:
         parts = blueprint.parts()
         dispatcher = Dispatcher(Binder(None, create_backend("eager"), "symbolic", Stats()), "eager", "")
         settings = blueprint.config, blueprint.regions, blueprint.family, blueprint.task
-        self.installed = Installed(parts, dispatcher, *settings)
+        self.installed = Installed(parts, dispatcher, *settings, decode=DecodeConfig(dtype=blueprint.decode_dtype))
         self.installed.install()
         self._parts = parts  # the patch holds it weakly
         self.regions = {STEP: StepRegion(parts.unet.config.out_channels)} | self.installed.regions()

@@ -50,6 +50,19 @@ def test_a_checkpoint_has_the_keys_of_its_architecture(tmp_path: Path) -> None:
     assert digests(str(tmp_path / "model")) == digests("arch:sd15")
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("sdxl", torch.float32), ("sd15", torch.float16)])
+def test_the_decoders_graph_is_in_the_dtype_that_the_pipeline_decodes_in(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """SDXL's pipelines raise a float16 VAE to float32; SD 1.5's do not, though its config does not say so."""
+    pipe, _ = load_skeleton(f"arch:{name}", "float16", "cpu")
+    handle: Any = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=tmp_path / "cache")
+    handle.meant_for = torch.device("cpu")
+    graphs = handle.needed([(1024, 1024)]).distinct.values()
+    assert [graph.dtype for graph in graphs if graph.region.kind == "decoder"] == [dtype]
+    assert pipe.vae.dtype == torch.float16
+
+
 def test_what_is_none() -> None:
     with pytest.raises(BadInput, match=r"expected an architecture among sd15, sdxl behind 'arch:', got 'flux'"):
         load_skeleton("arch:flux")

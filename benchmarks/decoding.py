@@ -1,0 +1,195 @@
+"""What tiles and bfloat16 do to decoded pictures, and what a decode takes of memory against its estimate.
+
+`seams`: pictures of drawn scenes, encoded by the trained demo VAE and decoded whole and in tiles; differences of pixels
+in [-1, 1], mean and largest, within the overlaps of tiles and elsewhere, beside the mean error of the whole decode
+against the picture itself. The demo VAE has no attention and one group per norm, so that a norm sees all of a tile.
+`dtype`: the same pictures decoded in bfloat16 against float32; the weights of the demo VAE are float16 numbers.
+`memory`: the resident memory that an eager decode of random weights adds in a process of its own, at its peak, and the
+estimate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy
+import psutil
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder
+from torch import Tensor
+
+from accel_hidiff.decoding import Decode, InDtype, Tiles, decode_in_tiles
+from accel_hidiff.demo import scenes
+from accel_hidiff.demo.trained import trained_model
+from benchmarks import harness as h
+
+SIZES = (h.Size(512, 512), h.Size(768, 448))
+TILES = (128, 256)
+OVERLAPS = (0, 16, 32, 64, 96, 128)
+MEMORY = (((32, 64, 128, 128), 512), ((32, 64, 128, 128), 1024), ((128, 256, 512, 512), 256))
+_POLL = 0.0005  # seconds between two looks at the memory
+
+
+def picture(seed: int, size: h.Size) -> Tensor:
+    """(1, 3, height, width) in [-1, 1]: a drawn scene."""
+    scene = scenes.random_scene(numpy.random.default_rng(seed), aspect=size.width / size.height)
+    pixels = torch.from_numpy(scenes.draw(scene, size.height, size.width).copy())
+    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def seam_mask(tiles: Tiles, height: int, width: int) -> Tensor:
+    """(height, width) of bool: pixels within 8 of an edge of a tile, or in an overlap."""
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    for starts, side, axis in ((tiles.tops, tiles.height, 0), (tiles.lefts, tiles.width, 1)):
+        for before, after in itertools.pairwise(starts):
+            low, high = after * 8 - 8, (before + side) * 8 + 8
+            mask[(slice(low, high), slice(None)) if axis == 0 else (slice(None), slice(low, high))] = True
+    return mask
+
+
+def jump(image: Tensor, whole: Tensor, tiles: Tiles) -> float:
+    """The mean step of the difference between two neighbouring pixels on both sides of where a tile begins or ends."""
+    difference = image - whole
+    steps = []
+    for starts, side, axis in ((tiles.tops, tiles.height, 2), (tiles.lefts, tiles.width, 3)):
+        step = difference.diff(dim=axis).abs()
+        edges = [start * 8 for start in starts[1:]] + [(start + side) * 8 for start in starts[:-1]]
+        steps += [step.select(axis, edge - 1).mean() for edge in edges]
+    return float(torch.stack(steps).mean())
+
+
+def seams(report: h.Report, vae: Any, sizes: tuple[h.Size, ...], seeds: int) -> None:
+    """One record for each size, tile and overlap: means over the pictures, and the largest difference."""
+    for size in sizes:
+        pictures = [picture(seed, size) for seed in range(seeds)]
+        latents = [vae.post_quant_conv(vae.encode(image).latent_dist.mode()) for image in pictures]
+        wholes = [vae.decoder(cells) for cells in latents]
+        own = [float((whole - image).abs().mean()) for whole, image in zip(wholes, pictures, strict=True)]
+        for tile in TILES:
+            for overlap in (pixels for pixels in OVERLAPS if pixels <= tile // 2):
+                tiles = Tiles.of(size.height // 8, size.width // 8, tile // 8, overlap // 8)
+                mask = seam_mask(tiles, size.height, size.width)
+                rows = []
+                for cells, whole, image in zip(latents, wholes, pictures, strict=True):
+                    tiled = decode_in_tiles(vae.decoder, cells, tiles)
+                    off = (tiled - whole).abs()
+                    at = float(off[..., mask].mean())
+                    elsewhere = float(off[..., ~mask].mean())
+                    error = float((tiled - image).abs().mean())
+                    rows.append((float(off.mean()), at, elsewhere, jump(tiled, whole, tiles), error, float(off.max())))
+                mean, at, elsewhere, step, error = (sum(row[k] for row in rows) / len(rows) for k in range(5))
+                report.add(
+                    what="seams",
+                    size=str(size),
+                    tile=tile,
+                    overlap=overlap,
+                    **h.rounded_row(
+                        {
+                            "tiles": tiles.count,
+                            "pictures": seeds,
+                            "mean": mean,
+                            "mean_at_seams": at,
+                            "mean_elsewhere": elsewhere,
+                            "step_at_edges": step,
+                            "max": max(row[5] for row in rows),
+                            "own_error_tiled": error,
+                            "own_error_whole": sum(own) / len(own),
+                        }
+                    ),
+                )
+
+
+def dtypes(report: h.Report, vae: Any, sizes: tuple[h.Size, ...], seeds: int) -> None:
+    """Differences of the decode in bfloat16 from that in float32, in [-1, 1] and in grey levels of 255."""
+    for size in sizes:
+        latents = []
+        for seed in range(seeds):
+            latents.append(vae.post_quant_conv(vae.encode(picture(seed, size)).latent_dist.mode()))
+        narrow = InDtype(vae.decoder, torch.bfloat16).module
+        off = torch.stack([(narrow(cells.bfloat16()).float() - vae.decoder(cells)).abs() for cells in latents])
+        grey = {"mean_levels": float(off.mean()) * 127.5, "max_levels": float(off.max()) * 127.5}
+        differences = {"mean": float(off.mean()), "max": float(off.max()), **grey}
+        report.add(what="dtype", size=str(size), dtype="bfloat16", pictures=seeds, **h.rounded_row(differences))
+
+
+def peak_of(widths: tuple[int, ...], side: int, dtype: torch.dtype, memory_format: torch.memory_format) -> int:
+    """Bytes of resident memory that a decode of side x side pixels adds at its peak, in this process."""
+    kinds = ("UpDecoderBlock2D",) * len(widths)
+    decoder = Decoder(4, 3, kinds, widths, layers_per_block=2, norm_num_groups=32).eval().requires_grad_(False)
+    decoder.to(dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
+    process, done, peak = psutil.Process(), threading.Event(), 0
+    decoder(torch.randn(1, 4, 8, 8, dtype=dtype))
+    cells = side >> len(widths) - 1
+    latents = torch.randn(1, 4, cells, cells, dtype=dtype)
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(_POLL)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    decoder(latents)
+    done.set()
+    watcher.join()
+    return peak - before
+
+
+def memory(report: h.Report, cases: tuple[tuple[tuple[int, ...], int], ...]) -> None:
+    """One record for each case, dtype and memory format, each measured in a process of its own."""
+    for widths, side in cases:
+        for dtype in (torch.float32, torch.bfloat16):
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                told = [",".join(map(str, widths)), str(side), *(str(x)[6:] for x in (dtype, memory_format))]
+                command = [sys.executable, "-m", "benchmarks.decoding", "--peak", *told]
+                done = subprocess.run(command, cwd=h.ROOT, check=True, capture_output=True, text=True)
+                measured = int(done.stdout)
+                cells = side >> len(widths) - 1
+                estimate = Decode(cells, cells, 1, widths, dtype.itemsize, "cpu", compiled=False).peak_bytes()
+                report.add(
+                    what="memory",
+                    widths=widths,
+                    side=side,
+                    dtype=told[2],
+                    memory_format=told[3],
+                    **h.rounded_row(
+                        {
+                            "measured_mb": measured / 1e6,
+                            "estimate_mb": estimate / 1e6,
+                            "estimate_ratio": estimate / measured,
+                        }
+                    ),
+                )
+
+
+@torch.no_grad()
+def main() -> None:
+    if sys.argv[1:2] == ["--peak"]:
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        widths, side, dtype, memory_format = sys.argv[2:]
+        sizes = tuple(map(int, widths.split(",")))
+        print(peak_of(sizes, int(side), getattr(torch, dtype), getattr(torch, memory_format)))
+        return
+    parser = h.arguments(__doc__)
+    parser.add_argument("--seeds", type=int, default=16, help="pictures of each size")
+    options = h.parsed(parser)
+    report = h.Report(options.out, options.tiny)
+    vae = AutoencoderKL.from_pretrained(trained_model() / "vae").eval()
+    sizes = tuple(options.size or (SIZES[:1] if options.tiny else SIZES))
+    seeds = 1 if options.tiny else options.seeds
+    seams(report, vae, sizes, seeds)
+    dtypes(report, vae, sizes, seeds)
+    memory(report, MEMORY[:1] if options.tiny else MEMORY)
+
+
+if __name__ == "__main__":
+    main()
