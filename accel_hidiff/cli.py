@@ -451,6 +451,7 @@ def demo(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="A wider model with random weights: times, but no pictures.")
     ] = False,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Precompile a small SDXL model for three sizes, serve them in a new process; write pictures and a plot."""
@@ -458,7 +459,7 @@ def demo(
 
     sizes = [parse_size(text) for text in size] if size else None
     console = Console(stderr=True)
-    report = run_demo(out, sizes, check_steps(steps), console, random_weights=random_weights)
+    report = run_demo(out, sizes, check_steps(steps), console, random_weights=random_weights, device=device)
     _print(report.to_json() if as_json else report.table())
 
 

@@ -90,7 +90,51 @@ def examine_backend(name: str) -> Finding:
         return Finding(part, False, missing)
     if not (torch.usable and compiler.usable):
         return Finding(part, False, f"cannot compile: {compiler.detail if torch.usable else torch.detail}")
-    return Finding(part, True, "compiles on the CPU" if name == "aot" else "torch.compile")
+    return Finding(part, True, compiles_for(_compilers()) if name == "aot" else "torch.compile")
+
+
+@dataclass(frozen=True)
+class Compilers:
+    """What decides what AOTInductor can compile for here.
+
+    Attributes:
+        cuda: of torch's build; None: it has none.
+        gpus: names of the devices.
+        elsewhere: why nothing can be compiled for a GPU that is not here; "" where it can.
+    """
+
+    cuda: str | None
+    gpus: tuple[str, ...]
+    elsewhere: str
+
+
+def compiles_for(found: Compilers) -> str:
+    """What can be compiled for, in words.
+
+    >>> compiles_for(Compilers(None, (), "torch: no CUDA"))
+    'compiles for this CPU'
+    >>> compiles_for(Compilers("13.0", (), ""))
+    'compiles for this CPU, and with --target for GPUs that are not here'
+    """
+    if found.cuda is None:
+        return "compiles for this CPU"
+    here = " and ".join(["this CPU", *found.gpus])
+    if found.elsewhere:
+        return f"compiles for {here}; not for GPUs that are not here: {found.elsewhere} (doctor --target sm_90)"
+    return f"compiles for {here}, and with --target for GPUs that are not here"
+
+
+def _compilers() -> Compilers:
+    import torch
+
+    from accel_hidiff.crosscompile.requirements import judge, look
+    from accel_hidiff.target import Target
+
+    here = look()
+    target = Target.parse("sm_90", torch=here.torch or "none", triton=here.triton or "none")
+    missing = [f"{each.part}: {each.detail}" for each in judge(target, here) if not each.met]
+    gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return Compilers(torch.version.cuda, gpus if torch.cuda.is_available() else (), missing[0] if missing else "")
 
 
 def _aot_serving() -> Finding:

@@ -117,8 +117,8 @@ class RequestGraphs:
 
     @contextmanager
     def in_decoder_precision(self) -> Iterator[None]:
-        """The VAE as it decodes, inside of the block: SDXL's pipelines raise a float16 one to float32 for that, those of
-        SD 1.5 and 2.1 do not, whatever the VAE's config says.
+        """The VAE as it decodes, inside of the block: SDXL's pipelines raise a float16 one to float32 for that; those
+        of SD 1.5 and 2.1 do not, whatever the VAE's config says.
 
         A decoder with a dtype of its own (`DecodeConfig.dtype`) stays as it is.
         """

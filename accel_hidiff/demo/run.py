@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -60,11 +61,18 @@ class DemoReport:
 
 # (height, width): four times the area that the trained model knows; and sizes at which the wider one's steps take time.
 _SIZES: tuple[Size, ...] = ((256, 256), (192, 320), (320, 192))
+_MOST_JOBS = 4
 _SIZES_OF_RANDOM: tuple[Size, ...] = ((512, 512), (384, 640), (640, 384))
 
 
 def run_demo(
-    out: Path, sizes: list[Size] | None, steps: int, console: Console, *, random_weights: bool = False
+    out: Path,
+    sizes: list[Size] | None,
+    steps: int,
+    console: Console,
+    *,
+    random_weights: bool = False,
+    device: str | None = None,
 ) -> DemoReport:
     """Runs the demo; everything that it writes lies under `out`.
 
@@ -74,9 +82,10 @@ def run_demo(
         steps: denoising steps.
         console: for progress.
         random_weights: take a wider model with random weights instead of the trained one.
+        device: a torch device; None: the best one here. Everything is in float32, so that pictures compare.
 
     Raises:
-        BadInput: matplotlib is not installed, or `out` holds a model of another version.
+        BadInput: matplotlib is not installed, the device is not usable, or `out` holds a model of another version.
         DemoFailed: one of the two processes failed; its own message is on stderr.
     """
     import importlib.util
@@ -85,9 +94,11 @@ def run_demo(
     from accel_hidiff.demo.model import save_model
     from accel_hidiff.demo.plot import plot_steps
     from accel_hidiff.demo.trained import trained_model
+    from accel_hidiff.models import check_device
 
     if importlib.util.find_spec("matplotlib") is None:
         raise BadInput("demo: expected matplotlib, got none here: pip install 'accel_hidiff[demo]'")
+    where = str(check_device(device))
     out.mkdir(parents=True, exist_ok=True)
     if random_weights:
         console.print("building the model with random weights", highlight=False)
@@ -101,9 +112,9 @@ def run_demo(
         shutil.rmtree(cache)
 
     names = [f"{width}x{height}" for height, width in sizes]
-    console.print(f"precompiling {', '.join(names)}", highlight=False)
+    console.print(f"precompiling {', '.join(names)} for {where}", highlight=False)
     command = [sys.executable, "-m", "accel_hidiff.cli", "precompile", str(model), "--cache", str(cache)]
-    command += ["--steps", str(steps), "--device", "cpu", "--json"]
+    command += ["--steps", str(steps), "--device", where, "--dtype", "float32", "--jobs", str(_jobs()), "--json"]
     for name in names:
         command += ["--size", name]
     began = time.perf_counter()
@@ -116,7 +127,7 @@ def run_demo(
     console.print(f"serving them in a new process, on_miss=error, and {beside} beside it", highlight=False)
     settings, report = out / "serve.json", out / "served.json"
     config: dict[str, Any] = {"model": str(model), "cache": str(cache), "out": str(out), "report": str(report)}
-    config["before"] = not random_weights
+    config |= {"before": not random_weights, "device": where}
     settings.write_text(json.dumps({**config, "sizes": sizes, "steps": steps, "started": time.time()}))
     served = subprocess.run([sys.executable, "-m", "accel_hidiff.demo.serve", str(settings)], check=False)
     if served.returncode:
@@ -131,3 +142,8 @@ def run_demo(
     written = [*shown, "steps.png", "report.json", *(f"{name}.png" for name in names)]
     console.print(f"wrote {', '.join(written)} to {out}", highlight=False)
     return result
+
+
+def _jobs() -> int:
+    """Compiling processes: a core each, and few enough for the memory of a small machine."""
+    return min(os.cpu_count() or 1, _MOST_JOBS)

@@ -149,6 +149,7 @@ def test_the_demo_serves_before_and_after_side_by_side(compiled: Path, tmp_path:
             "sizes": [[256, 256]],
             "steps": STEPS,
             "before": True,
+            "device": "cpu",
             "started": time.time(),
         }
     )
@@ -172,3 +173,25 @@ def test_a_demo_that_fails_ends_with_its_reason(
     (tmp_path / "model/other.txt").touch()
     assert run(["demo", "--out", str(tmp_path), "--steps", "2", "--random-weights"]) == 1
     assert "expected a complete diffusers folder or nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "where"), [([], True, "cuda"), ([], False, "cpu"), (["--device", "cpu"], True, "cpu")]
+)
+def test_the_demo_runs_on_the_best_device_or_on_the_one_that_is_asked_for(
+    asked: list[str], gpu: bool, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\necho "$@" > {told}\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert run(["demo", "--out", str(tmp_path / "out"), "--steps", "2", *asked]) == 1
+    assert f"--device {where} --dtype float32 --jobs" in told.read_text()
+
+
+def test_a_device_that_is_not_here_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--out", str(tmp_path / "out"), "--device", "warp"]) == 2
+    assert "device: expected cpu, cuda or cuda:N, got 'warp'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
