@@ -129,9 +129,11 @@ class Dispatcher:
             self._graphs.pop(name, None)
 
     def _changed(self, name: str) -> bool:
-        state = ModuleState(self._models[name][0])
-        previous, self._states[name] = self._states.get(name), state
-        return previous is not None and previous != state
+        previous = self._states.get(name)
+        if previous is not None and previous.holds():
+            return False
+        self._states[name] = ModuleState(self._models[name][0])
+        return previous is not None
 
     def _forget(self, models: Sequence[str]) -> None:
         """Something of these models was replaced: whatever was bound or keyed of them may be another thing now."""

@@ -77,41 +77,53 @@ class ModuleState:
     not count. A weight that is changed in place makes no difference. Keeps what it holds alive, so that
     nothing new can come to lie at an old address.
 
-    Cheap enough to be taken once per request: 2.2 ms for SDXL's 1,930 modules, and 0.2 ms to compare.
+    The tree is walked once, when the state is taken. Whether it still holds is told by looking again into the same
+    mappings and lists: if one of them was exchanged, what holds it shows that.
     """
 
-    __slots__ = ("_objects", "_pointers")
+    __slots__ = ("_attributes", "_containers", "_empty", "_objects", "_pointers", "_tensors")
 
     def __init__(self, module: nn.Module) -> None:
-        objects: list[Any] = []
-        pointers: list[int] = []
+        attributes: list[tuple[dict[str, Any], int]] = []  # of modules that have any, and where they begin
+        containers: list[Any] = []  # other mappings and lists with something in them
+        empty: list[Any] = []
+        tensors: list[torch.Tensor] = []
         stack = [module]
         while stack:
             current = stack.pop()
             held = vars(current)
-            objects.append(held["training"])
             own = len(_INTERNALS) + 1 if next(iter(held)) == "training" else 0  # attributes come after torch's own
-            for value in islice(held.values(), own, None):
-                objects.append(value)
-                if (kind := type(value)) in _PLAIN:
-                    continue
-                if kind is dict:
-                    objects.extend(value.values())
-                elif kind is list:
-                    objects.extend(value)
-                elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
-                    objects.extend(vars(value).values())
-            for tensors in (held["_parameters"], held["_buffers"]):
-                if tensors:
-                    objects.extend(tensors.values())
-                    pointers.extend([tensor.data_ptr() for tensor in tensors.values() if tensor is not None])
-            for hooks in () if current is module else _HOOKS:  # its own run around whatever its forward is
-                if held[hooks]:
-                    objects.extend(held[hooks].values())
-            if submodules := held["_modules"]:
-                objects.extend(submodules.values())
-                stack.extend([submodule for submodule in submodules.values() if submodule is not None])
-        self._objects, self._pointers = objects, pointers
+            attributes.append((held, own))
+            inside: list[Any] = [value for value in islice(held.values(), own, None) if type(value) in (dict, list)]
+            inside += [
+                vars(value)
+                for value in islice(held.values(), own, None)
+                if type(value) not in _PLAIN and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
+            ]
+            inside += [held[name] for name in ("_parameters", "_buffers", "_modules")]
+            inside += [held[hooks] for hooks in _HOOKS if current is not module]  # its own run around its forward
+            for container in inside:
+                (containers if container else empty).append(container)
+            for stored in (held["_parameters"], held["_buffers"]):
+                tensors += [tensor for tensor in stored.values() if tensor is not None]
+            stack += [submodule for submodule in held["_modules"].values() if submodule is not None]
+        self._attributes, self._containers, self._empty, self._tensors = attributes, containers, empty, tensors
+        self._objects, self._pointers = self._contents(), _pointers(tensors)
+
+    def holds(self) -> bool:
+        """Whether the module tree is still what it was."""
+        objects = self._contents()
+        same = len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
+        return same and not any(self._empty) and _pointers(self._tensors) == self._pointers
+
+    def _contents(self) -> list[Any]:
+        found: list[Any] = []
+        for held, own in self._attributes:
+            found.append(held["training"])
+            found.extend(islice(held.values(), own, None))
+        for container in self._containers:
+            found.extend(container if type(container) is list else container.values())
+        return found
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ModuleState):
@@ -120,6 +132,10 @@ class ModuleState:
         return len(mine) == len(others) and all(map(is_, mine, others)) and self._pointers == other._pointers
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _pointers(tensors: list[torch.Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _describe(path: str, module: nn.Module, ignore: frozenset[int]) -> dict[str, Any]:
