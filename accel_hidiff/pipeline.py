@@ -215,6 +215,10 @@ class Handle:
         told |= {"target": target, "decode_dtype": dtype}
         return Blueprint.of(self.pipe, config=patch.config, backend=backend, **told)
 
+    def _enter(self) -> None:
+        """What a request does once, before its first call: looks whether the models are still what they were."""
+        self._dispatcher.begin(self.patch.request_number)
+
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until nothing that requests missed is queued or compiled in the background any more.
 

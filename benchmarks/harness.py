@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -223,21 +223,70 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times each contestant `repeats` times, in turns; every other round runs in reverse order.
 
-    A busy machine ends it earlier: after `limit_s` seconds, but not before five rounds.
+    A busy machine ends it earlier: after `limit_s` seconds, but not before five rounds. A `StepCall` runs inside of one
+    request all the time: what a request does once, at its entrance, is not a step's.
     """
-    for _ in range(warmup):
-        for run in contestants.values():
-            run()
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     order = list(contestants.items())
-    start = time.perf_counter()
-    for done in range(repeats):
-        if done >= 5 and time.perf_counter() - start > limit_s:
-            break
-        for name, run in order:
-            turns[name].append(timed(run))
-        order.reverse()
+    with ExitStack() as stack:
+        for run in contestants.values():
+            if isinstance(run, StepCall):
+                stack.enter_context(run.entered())
+        for _ in range(warmup):
+            for run in contestants.values():
+                run()
+        start = time.perf_counter()
+        for done in range(repeats):
+            if done >= 5 and time.perf_counter() - start > limit_s:
+                break
+            for name, run in order:
+                turns[name].append(timed(run))
+            order.reverse()
     return {name: Timing(*zip(*values, strict=True)) for name, values in turns.items()}
+
+
+class StepCall:
+    """One step of a request: a UNet call with the dispatch that belongs to it.
+
+    Called alone it is a request of its own, entrance included; inside of `entered` it is one step of a request.
+
+    Args:
+        patch: on the UNet.
+        inputs: of the call.
+        step, steps: which one of how many.
+    """
+
+    def __init__(self, patch: Any, inputs: UNetInputs, step: int, steps: int) -> None:
+        self.patch, self.inputs = patch, inputs
+        self._step, self._steps = step, steps
+        self._inside = False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside of the block, all calls are of one request."""
+        with self.patch.phase(step=self._step, num_steps=self._steps):
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
+
+    def __call__(self) -> Tensor:
+        if self._inside:
+            return self.inputs.call(self.patch.unet)
+        with self.entered():
+            return self.inputs.call(self.patch.unet)
+
+
+def entrance(handle: Any, repeats: int) -> Timing:
+    """What a request does once before its first call: its begin, and the look at whether the models were changed."""
+
+    def enter() -> None:
+        with handle.patch.phase(step=0, num_steps=1):
+            handle._enter()
+
+    enter()
+    return Timing(*zip(*(timed(enter) for _ in range(repeats)), strict=True))
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import accel_hidiff as ah
 from accel_hidiff.demo import DemoModelConfig
 from accel_hidiff.explain import PrecompileEvent
 from benchmarks import harness as h
-from benchmarks.step import call
 from compile_cache import CompileCache
 
 REDUCED = DemoModelConfig(transformer_layers=(1, 1, 2))
@@ -125,7 +123,7 @@ def main() -> None:
         for size in sizes:
             inputs = h.unet_inputs(patches["eager"].unet, size)
             for topology, step in h.topology_steps(patches["eager"], size).items():
-                runs = {name: partial(call, patch, inputs, step) for name, patch in patches.items()}
+                runs = {name: h.StepCall(patch, inputs, step, h.NUM_STEPS) for name, patch in patches.items()}
                 want = runs["eager"]()
                 errors = {regions: h.verify(regions, runs[regions](), want) for regions in choices}
                 times = h.interleave(runs, options.repeats)

@@ -9,9 +9,7 @@ under `on_miss="error"` once its graphs are there, so that no call can fall back
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,6 @@ def compiled_handle(pipe: Any, cache: Path, sizes: tuple[h.Size, ...], shapes: s
     return ah.accelerate(pipe, on_miss="error", **options)
 
 
-def call(patch: ah.Patch, inputs: h.UNetInputs, step: int) -> torch.Tensor:
-    """The call that is timed: the step's name, the dispatch and the UNet."""
-    with patch.phase(step=step, num_steps=h.NUM_STEPS):
-        return inputs.call(patch.unet)
-
-
 def main() -> None:
     parser = h.arguments(__doc__)
     parser.add_argument("--cache", type=Path, help="compile cache to use and fill; default: a temporary one")
@@ -57,10 +49,10 @@ def main() -> None:
         for size in sizes:
             inputs = h.unet_inputs(eager.unet, size)
             for topology, step in h.topology_steps(eager, size).items():
-                runs: dict[str, Callable[[], torch.Tensor]] = {"eager": partial(call, eager, inputs, step)}
+                runs: dict[str, h.StepCall] = {"eager": h.StepCall(eager, inputs, step, h.NUM_STEPS)}
                 for name, handle in handles.items():
                     if name == "compiled" or size == sizes[0]:
-                        runs[name] = partial(call, handle.patch, inputs, step)
+                        runs[name] = h.StepCall(handle.patch, inputs, step, h.NUM_STEPS)
                 want = runs["eager"]()
                 errors = {f"{name}_error": h.verify(name, run(), want) for name, run in runs.items() if name != "eager"}
                 times = h.interleave(runs, options.repeats)
@@ -72,6 +64,7 @@ def main() -> None:
                     fields |= times[contestant].ratios(f"{contestant}_over_eager", times["eager"])
                 report.add(**fields, **{name: h.rounded(error, 2) for name, error in errors.items()})
         for name, handle in handles.items():
+            report.add(entrance=name, **h.entrance(handle, options.repeats).fields("entrance"))
             if handle.stats.eager_calls or handle.stats.compiles:
                 raise h.WrongOutput(f"{name}: expected compiled calls only, got {handle.stats}")
 

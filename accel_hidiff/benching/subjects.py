@@ -88,6 +88,7 @@ class Accelerated:
     def standing(self, case: Case, steps: int) -> Iterator[Call]:
         """As in `Subject`."""
         with self.patch.phase(case.start, steps):
+            self.handle._enter()  # what a request does once is not a step's
             yield lambda inputs: inputs.call(self.patch.unet)
 
     def counters(self) -> dict[str, int]:

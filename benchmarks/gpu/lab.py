@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 import accel_hidiff as ah
 from accel_hidiff.explain import PrecompileReport
 from benchmarks import harness as h
 from benchmarks.gpu.model import inputs_of, make_unet, pipeline_of, twin
 from benchmarks.roofline import Ceilings, Work, count
-from benchmarks.step import call
 from compile_cache import CompileCache
 from compile_cache.errors import one_line
 
@@ -136,9 +134,9 @@ class Lab:
             raise ValueError(f"expected one of {', '.join(steps)} at {size}, got {topology}")
         return steps[topology]
 
-    def call_of(self, patch: ah.Patch, size: h.Size, topology: str) -> Callable[[], Tensor]:
+    def call_of(self, patch: ah.Patch, size: h.Size, topology: str) -> h.StepCall:
         """The call that is timed: a topology's first step at a size, with the dispatch that belongs to it."""
-        return partial(call, patch, inputs_of(self.unet, size), self.step_of(size, topology))
+        return h.StepCall(patch, inputs_of(self.unet, size), self.step_of(size, topology), h.NUM_STEPS)
 
     def work_of(self, size: h.Size, topology: str, run: Callable[[], object]) -> Work:
         """What an eager call asks for; counted once."""

@@ -101,7 +101,7 @@ def run_step(lab: Lab, case: Case) -> Figures:
     }
     if lab.served.stats.compiles or lab.served.stats.eager_calls:
         raise h.WrongOutput(f"{size} {topology}: expected compiled calls only, got {lab.served.stats}")
-    figures = timing_fields(times)
+    figures = timing_fields(times) | timing_fields({"entrance": h.entrance(lab.served, lab.setting.repeats)})
     figures |= ratio(times, "compiled", "eager") | ratio(times, "eager", "unpatched")
     figures |= ratio(times, "compiled", "unpatched")
     figures |= {"unpatched_tflop": h.rounded(work["unpatched"].tflop), "tflop": h.rounded(work["eager"].tflop)}
