@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from accel_hidiff.cfgpp import maths
+from tests.tensors import read_tensors
 
 FOLDER = Path(__file__).parent / "data" / "golden_cfgpp"
 CASES: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ TABLES = {  # the options that make a case's table
 
 @cache
 def _all() -> dict[str, Tensor]:
-    return load_file(FOLDER / "trajectories.safetensors")
+    return read_tensors(FOLDER / "trajectories.safetensors")
 
 
 def tensors(case_id: str) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def _sheets(record: dict[str, Any], table_name: str, folder: Path, pictures: Pat
         cells = list(some)
         captions = [prompt.text for prompt in single(min(_COLUMNS, *(len(row["readings"]) for row in cells)))]
         strips = [(row["arm"].replace(", ", ",\n"), pictures / file_name(row["name"])) for row in cells]
-        sheet(strips, captions, Size.parse(size), folder / f"{table_name.replace(' ', '-').lower()}-{size}.png")
+        sheet(strips, captions, Size.parse(size), folder / f"{table_name.replace(' ', '-').lower()}-{size}.webp")
 
 
 def _text(record: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ _WIDTH: Final = 128  # of one picture in a sheet
 
 
 def sheet(rows: Sequence[tuple[str, Path]], captions: Sequence[str], size: Size, out: Path) -> None:
-    """Join the strips that `drawing.kept` wrote, of pictures of one size, and write a PNG file of 256 colours.
+    """Join the strips that `drawing.kept` wrote, of pictures of one size, and write a WebP file.
 
     Args:
         rows: a label and a strip of pictures each.
@@ -31,5 +31,4 @@ def sheet(rows: Sequence[tuple[str, Path]], captions: Sequence[str], size: Size,
                 (column * size.width, 0, (column + 1) * size.width, size.height) for column in range(len(captions))
             ]
             pictures.append((label, [strip.crop(box).resize(shown, Image.Resampling.LANCZOS) for box in boxes]))
-    # The default way of choosing 256 colours gives none to the small dark details; two rounds of k-means mend that.
-    contact_sheet(pictures, captions).quantize(256, kmeans=2, dither=Image.Dither.NONE).save(out, optimize=True)
+    contact_sheet(pictures, captions).convert("RGB").save(out, quality=85, method=6)

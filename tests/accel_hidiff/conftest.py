@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
 
 from accel_hidiff.clock import PipelineClock
 from accel_hidiff.demo import build_pipeline, tiny_config
+from tests.tensors import read_tensors
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 STEPS = 7  # the smallest number of steps with all of SDXL's phases: [0, 1) dilated, [1, 2) pooled, [2, 7) windowed only
@@ -184,16 +184,16 @@ class Golden:
 
     def unet(self, arch: str) -> UNet2DConditionModel:
         """The UNet of an arch, float32."""
-        weights = load_file(self.folder / f"weights_{arch.split('_', maxsplit=1)[0]}.safetensors")
+        weights = read_tensors(self.folder / f"weights_{arch.split('_', maxsplit=1)[0]}.safetensors")
         if arch == "sdxl_inpaint":
-            weights |= load_file(self.folder / "weights_sdxl_inpaint_delta.safetensors")
+            weights |= read_tensors(self.folder / "weights_sdxl_inpaint_delta.safetensors")
         unet = UNet2DConditionModel(**self.unet_configs[arch]).eval()
         unet.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         return unet
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a case, floating ones as float32."""
-        tensors = load_file(self.folder / f"{name}.safetensors")
+        tensors = read_tensors(self.folder / f"{name}.safetensors")
         return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
     @staticmethod

@@ -143,8 +143,8 @@ def test_a_small_run_goes_on_where_it_was_interrupted(
     assert len(record["runs"]) == 1 and {row["run"] for row in drawn} == {0}  # the same command of the same commit
     text = out.with_suffix(".md").read_text()
     assert "CFG++ 0.6 (mean w " in text and text.count("| CFG 7.5 - CFG++ 0.6") == 2
-    written = {path.name for path in out.with_suffix("").glob("*.png")}
-    assert written == {"guidance.png", "guidance-128x128.png", "guidance-256x256.png"}
+    written = {path.name for path in out.with_suffix("").iterdir() if path.is_file()}
+    assert written == {"guidance.png", "guidance-128x128.webp", "guidance-256x256.webp"}
     before = out.read_text()
     assert effect.main(arguments) == 0
     assert capsys.readouterr().out == "" and out.read_text() == before  # nothing was drawn again
