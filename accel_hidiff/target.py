@@ -86,7 +86,7 @@ PROFILES: Final = {
         DeviceProfile("l40s", "NVIDIA L40S", "sm_89", 142, 96 * _MIB, 48 * _GB, "NVIDIA L40S datasheet"),
         DeviceProfile("rtx4090", "NVIDIA GeForce RTX 4090", "sm_89", 128, 72 * _MIB, 24 * _GB, "NVIDIA Ada whitepaper"),
         DeviceProfile("h100", "NVIDIA H100 80GB HBM3", "sm_90", 132, 50 * _MIB, 80 * _GB, "NVIDIA H100 whitepaper"),
-        DeviceProfile("h200", "NVIDIA H200", "sm_90", 132, 50 * _MIB, 141 * _GB, "NVIDIA H200 datasheet"),
+        DeviceProfile("h200", "NVIDIA H200", "sm_90", 132, 60 * _MIB, 150 * _GB, "its driver, 580.159.04"),
         DeviceProfile("b200", "NVIDIA B200", "sm_100", 148, 126 * _MIB, 180 * _GB, "NVIDIA Blackwell tuning guide"),
     )
 }
