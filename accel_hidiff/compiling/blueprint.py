@@ -25,6 +25,7 @@ from accel_hidiff.errors import CompileFailed
 from accel_hidiff.regions import Region, RegionGraph
 from accel_hidiff.target import Target
 from accel_hidiff.undo import is_installed
+from accel_hidiff.weights import stood_in_for, zeros_like
 from compile_cache import ShapeBucket
 
 _HOOKS = (
@@ -148,28 +149,8 @@ def materialized(module: nn.Module, device: torch.device) -> Iterator[None]:
 
     Compilers look at weights' shapes, strides and dtypes only; memory is taken for one region at a time.
     """
-    made: dict[int, Tensor] = {}
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        for sub in module.modules():
-            stores: tuple[dict[str, Any], ...] = (sub._parameters, sub._buffers)
-            for held in stores:
-                for name, tensor in held.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in made:
-                        made[id(tensor)] = _zeros(tensor, device)
-                    replaced.append((held, name, tensor))
-                    held[name] = made[id(tensor)]
+    with stood_in_for(module, lambda weight: zeros_like(weight, device)):
         yield
-    finally:
-        for held, name, tensor in replaced:
-            held[name] = tensor
-
-
-def _zeros(like: Tensor, device: torch.device) -> Tensor:
-    zeros = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device).zero_()
-    return nn.Parameter(zeros, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else zeros
 
 
 class _WeightlessPickler(pickle.Pickler):

@@ -20,6 +20,7 @@ from accel_hidiff.errors import BadInput
 from accel_hidiff.packages.archive import read_archive
 from accel_hidiff.packages.native import NativeFacts
 from accel_hidiff.target import Target
+from accel_hidiff.weights import stood_in_for
 
 _compiled_for: dict[str, Target] = {}  # of this process
 
@@ -67,22 +68,8 @@ class Session:
     @contextmanager
     def weightless(self, module: nn.Module, device: torch.device) -> Iterator[None]:
         """Fake tensors on the device in the place of a module's weights, and in what is made inside of the block."""
-        made: dict[int, Tensor] = {}
-        replaced: list[tuple[dict[str, Any], str, Tensor]] = []
-        try:
-            for sub in module.modules():
-                stores: tuple[dict[str, Any], ...] = (sub._parameters, sub._buffers)
-                for held in stores:
-                    for name, tensor in held.items():
-                        if tensor is not None:
-                            if id(tensor) not in made:
-                                made[id(tensor)] = _fake(tensor, self._mode, device)
-                            replaced.append((held, name, tensor))
-                            held[name] = made[id(tensor)]
+        with stood_in_for(module, lambda weight: _fake(weight, self._mode, device)):
             yield
-        finally:
-            for held, name, tensor in replaced:
-                held[name] = tensor
 
     def making(self) -> Any:
         """Tensors that are made inside of the block are fake."""
@@ -111,12 +98,13 @@ class Session:
     def exported(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
         """A program whose weights are fake tensors of the mode that export made for itself."""
         mode = torch._guards.detect_fake_mode([node.meta.get("val") for node in program.graph.nodes])
-        weights = {name: _fake(weight, mode, weight.device) for name, weight in program.state_dict.items()}
-        program.state_dict.update(weights)
+        for name, weight in program.state_dict.items():
+            fake = _fake(weight, mode, weight.device)
+            parameter = isinstance(weight, nn.Parameter)
+            program.state_dict[name] = nn.Parameter(fake, requires_grad=False) if parameter else fake
         return program
 
 
 def _fake(like: Tensor, mode: Any, device: torch.device) -> Tensor:
     with mode:
-        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-    return nn.Parameter(made, requires_grad=False) if isinstance(like, nn.Parameter) else made
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)

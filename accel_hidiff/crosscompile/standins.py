@@ -59,6 +59,7 @@ def standing_in(target: Target, folder: Path, choices: list[Choice]) -> Iterator
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.runtime import triton_helpers
     from torch._subclasses import fake_tensor
+    from torch.utils import cpp_extension
 
     home = cuda_home()
     properties = device_properties(target)
@@ -70,6 +71,7 @@ def standing_in(target: Target, folder: Path, choices: list[Choice]) -> Iterator
             stack.enter_context(mock.patch.object(owner, name, value))
 
         stack.enter_context(mock.patch.dict(os.environ, paths))
+        replace(cpp_extension, "CUDA_HOME", str(home))  # it looked when it was imported, which may be long ago
         for name, answer in _answers(properties).items():
             replace(torch.cuda, name, answer)
             if hasattr(device_interface.CudaInterface, name.lstrip("_")):
