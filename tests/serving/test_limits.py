@@ -46,7 +46,8 @@ def test_a_full_queue_is_429_and_says_when_to_try_again(tight: RunningService) -
         assert "expected fewer than 2 waiting requests" in error["message"]
         assert tight.draw(stream=True).status_code == 429
         assert first.result().status_code == 504
-        assert [one.result().status_code for one in waiting] == [504, 504] or waiting[0].result().status_code == 200
+        # Which of the two came first is open: both were sent at once.
+        assert {one.result().status_code for one in waiting} <= {504, 200}
     assert tight.draw().status_code == 200
     assert tight.metric("requests_total", status="429") >= 2
 
