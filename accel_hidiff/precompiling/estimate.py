@@ -49,12 +49,11 @@ TABLE: Final[Mapping[str, Line]] = {
     "transformer": Line(10.4, 0.0523, 1.79e6, 5100.0),
     "unet": Line(0.0, 0.0704, 0.0, 9420.0),
 }
-CUDA_FROM: Final = "benchmarks/results/compile_cuda.json: one core of the same, torch 2.11.0, for sm_90 without a GPU"
+CUDA_FROM: Final = "benchmarks/results/compile_cuda.json: for sm_90 without a GPU, on busy cores, torch 2.11.0"
 CUDA_TABLE: Final[Mapping[str, Line]] = {
-    "cfgpp step": Line(10.0, 0.0, 3.5e5, 0.0),
-    "decoder": Line(0.0, 0.4, 0.0, 1.0e4),
-    "resnet": Line(8.0, 0.2, 4.4e5, 1.0e3),
-    "transformer": Line(10.0, 0.09, 4.5e5, 2.0e3),
+    "decoder": Line(0.0, 0.6228, 0.0, 11080.0),
+    "resnet": Line(0.0, 0.9466, 0.0, 41520.0),
+    "transformer": Line(17.66, 0.05291, 480600.0, 2200.0),
 }
 TABLES: Final = {"cpu": TABLE, "cuda": CUDA_TABLE}
 
@@ -124,8 +123,9 @@ class Estimator:
         return Cost(seconds * scales[0], size * scales[1], base)
 
     def _line(self, region: str, device: str) -> Line:
-        table = self._tables.get(device) or self._tables["cpu"]
-        return table.get(region) or table.get("unet") or self._tables["cpu"]["unet"]  # a ControlNet is half a UNet
+        known = self._tables["cpu"]
+        table = self._tables.get(device, known)
+        return table.get(region) or known.get(region) or known["unet"]  # a whole ControlNet is half a UNet
 
     def _scales(self, samples: Sequence[Sample]) -> tuple[float, float]:
         if not samples:

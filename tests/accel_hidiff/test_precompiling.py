@@ -15,6 +15,8 @@ from rich.console import Console
 import accel_hidiff as ah
 from accel_hidiff.compiling.pool import Outcome
 from accel_hidiff.precompiling.estimate import (
+    CUDA_FROM,
+    CUDA_TABLE,
     START_SECONDS,
     TABLE,
     TABLE_FROM,
@@ -75,6 +77,18 @@ class TestEstimator:
             assert vars(line) == {name: fitted[kind][name] for name in vars(line)}, kind
         (start,) = [row["start_s"] for row in report["records"] if "start_s" in row]
         assert start == START_SECONDS and set(fitted) == set(TABLE)
+
+    def test_the_table_of_gpus_is_that_of_the_committed_run(self) -> None:
+        report = json.loads((ROOT / CUDA_FROM.partition(":")[0]).read_text())
+        fitted = {row["fit"]: row for row in report["records"] if "fit" in row}
+        assert f"torch {report['versions']['torch'].partition('+')[0]}" in CUDA_FROM
+        assert set(fitted) == set(CUDA_TABLE)
+        for kind, line in CUDA_TABLE.items():
+            assert vars(line) == {name: fitted[kind][name] for name in vars(line)}, kind
+
+    def test_a_kind_that_was_not_measured_for_gpus_costs_what_it_costs_on_a_cpu(self) -> None:
+        assert Estimator([]).cost("cfgpp step", "cuda", 0) == Estimator([]).cost("cfgpp step", "cpu", 0)
+        assert Estimator([]).cost("resnet", "cuda", 10) != Estimator([]).cost("resnet", "cpu", 10)
 
 
 class TestWorkers:
