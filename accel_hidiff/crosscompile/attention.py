@@ -15,11 +15,6 @@ from typing import Any, Final
 import torch
 
 CUDNN, FLASH, EFFICIENT, PLAIN = "cudnn", "flash", "efficient", "plain"
-FUSED: Final = {  # kernel -> the operator that runs it
-    CUDNN: "_scaled_dot_product_cudnn_attention",
-    FLASH: "_scaled_dot_product_flash_attention",
-    EFFICIENT: "_scaled_dot_product_efficient_attention",
-}
 _CUDNN_FROM: Final = (9, 0)  # where torch prefers it to flash attention
 
 

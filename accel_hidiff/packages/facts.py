@@ -122,10 +122,7 @@ def _passes(facts: PackageFacts) -> Passes:
     largest = max((tensor.bytes for tensor in tensors), default=0)
 
     def counts(tensor: Tensor | None) -> bool:
-        return tensor is not None and tensor.bytes * _SMALL > largest and not _is_weight(tensor)
-
-    def _is_weight(tensor: Tensor) -> bool:
-        return tensor.name in weights
+        return tensor is not None and tensor.bytes * _SMALL > largest and tensor.name not in weights
 
     weights = {weight.name.replace(".", "_") for weight in facts.wrapper.weights}
     triton = extern = transposed = 0

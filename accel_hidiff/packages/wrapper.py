@@ -112,7 +112,7 @@ class Wrapper:
         weights: of the region.
         calls: in their order.
         kernels: Triton kernels by name.
-        inputs, outputs: the region's own tensors.
+        inputs: the region's own.
     """
 
     weights: tuple[Weight, ...]
