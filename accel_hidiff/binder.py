@@ -18,6 +18,7 @@ from accel_hidiff.failures import Fault
 from accel_hidiff.guard import Accept, Reject, judge_sizes
 from accel_hidiff.regions import Region, RegionGraph, Sizes, bucket_of, example_sizes
 from accel_hidiff.stats import Stats
+from accel_hidiff.target import made_elsewhere
 from accel_hidiff.topology import Topology
 from compile_cache import CacheKey, CompileCache, CompileCacheError, Entry
 
@@ -182,6 +183,15 @@ class Binder:
                     self._entries[key.digest] = entry
                     self.stats.loads += 1
             return entry
+
+    def made_elsewhere(self, device: torch.device) -> str | None:
+        """One line if artifacts that were found were made for another GPU than the device, or target, they serve."""
+        if device.type != "cuda":
+            return None
+        target = self.backend.target
+        here = str(target) if target is not None else torch.cuda.get_device_name(device)
+        with self._lock:
+            return made_elsewhere([str(entry.notes.get("made_for", "")) for entry in self._entries.values()], here)
 
     def prepare(self, graph: RegionGraph) -> bool:
         """Makes sure that a graph is compiled; True if this call compiled it."""

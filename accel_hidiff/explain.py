@@ -44,6 +44,7 @@ class Explanation:
         model: the family, and what it was told from.
         rows: one for each phase, ControlNet and decoder.
         notice: what the size costs, if it does.
+        made_elsewhere: that artifacts were made for another device of this architecture, if they were.
     """
 
     height: int
@@ -52,6 +53,7 @@ class Explanation:
     model: str
     rows: tuple[ExplainRow, ...]
     notice: str | None = None
+    made_elsewhere: str | None = None
 
     @property
     def ready(self) -> bool:
@@ -75,8 +77,7 @@ class Explanation:
     def __str__(self) -> str:
         text = _render(self.table())
         reasons = dict.fromkeys(row.reason for row in self.rows if row.reason)
-        if self.notice is not None:
-            reasons[self.notice] = None
+        reasons |= {notice: None for notice in (self.notice, self.made_elsewhere) if notice is not None}
         return text + "".join(f"{reason}\n" for reason in reasons)
 
 

@@ -278,7 +278,12 @@ class Handle:
                 warm_seconds += time.perf_counter() - loaded
         report = LoadReport(kinds, len(regions), load_seconds, warm_calls, warm_seconds, tuple(too_large))
         LOG.info("%s", report)
+        if (told := self._made_elsewhere()) is not None:
+            LOG.info("artifacts: %s", told)
         return report
+
+    def _made_elsewhere(self) -> str | None:
+        return self._dispatcher.binder.made_elsewhere(self.patch.unet.device)
 
     @staticmethod
     def _check(sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -325,7 +330,8 @@ class Handle:
                 name = "VAE decoder" if tiles is None else f"VAE decoder, {tiles}"
                 rows.append(self._row("after", name, decoder))
         model = f"{self.patch.family.name} ({self.patch.evidence})"
-        return Explanation(height, width, steps, model, tuple(rows), self.patch.size_notice(height, width, steps))
+        size_notice = self.patch.size_notice(height, width, steps)
+        return Explanation(height, width, steps, model, tuple(rows), size_notice, self._made_elsewhere())
 
     def seal(self) -> None:
         """From here on, this process compiles nothing for this pipeline and writes nothing to its cache.

@@ -9,7 +9,7 @@ against. A profile (how many multiprocessors, how much shared memory) steers how
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any, Final, Self
@@ -165,10 +165,31 @@ class Target:
         return self.profile.name if self.host == DEFAULT_HOST else f"{self.profile.name}/{self.host}"
 
 
-def profile_of(torch_name: str, architecture: str) -> DeviceProfile | None:
-    """The profile of a device with this name; else the usual one of its architecture; None: none is known."""
-    named = [profile for profile in PROFILES.values() if profile.torch_name == torch_name]
-    return named[0] if named else PROFILES.get(_USUAL.get(architecture, ""))
+def made_elsewhere(made_for: Iterable[str], here: str) -> str | None:
+    """One line on artifacts that were made for another device of the architecture than the one they run on.
+
+    They are right there: cubins run on every device of their architecture. Only what they were tuned to differs.
+
+    Args:
+        made_for: of the artifacts: a target's name, or a device's as its driver says it; "" where none was noted.
+        here: the same of the device that they run on.
+
+    Returns:
+        None if all of them were made for this device.
+    """
+    others = sorted({_known(name) for name in made_for if name} - {_known(here)})
+    if not others:
+        return None
+    return (
+        f"compiled for {', '.join(others)}, and serves {_known(here)}: the same architecture, so the same code; "
+        "`accel-hidiff tune` on the device chooses its kernels' configurations again"
+    )
+
+
+def _known(name: str) -> str:
+    """A profile's name, of a target's or a device's; what no profile has stays as it is."""
+    profile = name.partition("/")[0]
+    return next((known.name for known in PROFILES.values() if known.torch_name == name), profile)
 
 
 def _installed(library: str) -> str:

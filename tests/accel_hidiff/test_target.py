@@ -10,7 +10,7 @@ import pytest
 
 from accel_hidiff import target as module
 from accel_hidiff.errors import BadInput
-from accel_hidiff.target import LIMITS, PROFILES, Target, profile_of
+from accel_hidiff.target import LIMITS, PROFILES, Target, made_elsewhere
 from compile_cache import environment_factors
 
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0"}
@@ -91,10 +91,14 @@ def test_profiles_fit_their_architectures() -> None:
     assert {profile.architecture for profile in PROFILES.values()} == set(LIMITS)
     for name, profile in PROFILES.items():
         assert profile.name == name and profile.source
-        assert profile_of(profile.torch_name, profile.architecture) is profile
         assert profile.limits.shared_per_block < profile.limits.shared_per_multiprocessor
-    unknown = profile_of("NVIDIA H100 NVL", "sm_90")
-    assert unknown is PROFILES["h100"] and profile_of("NVIDIA T4", "sm_75") is None
+
+
+def test_an_artifact_made_for_another_device_is_named() -> None:
+    assert made_elsewhere(["h100", "", "h100/x86-64-v2"], "NVIDIA H100 80GB HBM3") is None
+    told = made_elsewhere(["h100", "NVIDIA H100 NVL", "h200"], "NVIDIA H200")
+    assert told is not None and told.startswith("compiled for NVIDIA H100 NVL, h100, and serves h200: ")
+    assert made_elsewhere(["h100"], "h200/x86-64-v2") and made_elsewhere([], "h200") is None
 
 
 def test_without_triton_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

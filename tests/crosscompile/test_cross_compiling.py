@@ -213,5 +213,7 @@ def test_explain_finds_what_a_process_compiled(tmp_path: Path) -> None:
         assert ended.wait(300)
     again = skeleton(tmp_path / "cache", target=Target.parse("h200"))  # another device of the architecture
     assert len(again.to_compile(needed)) == len(needed.distinct) - 1
-    states = {row.topology: row.state for row in again.explain(256, 256, 20).rows}
+    found = again.explain(256, 256, 20)
+    assert found.made_elsewhere is not None and found.made_elsewhere.startswith("compiled for h100, and serves h200: ")
+    states = {row.topology: row.state for row in found.rows}
     assert all(re.match(r"missing \d+ of \d+", state) for state in states.values())
