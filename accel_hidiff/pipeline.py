@@ -283,7 +283,7 @@ class Handle:
         return report
 
     def _made_elsewhere(self) -> str | None:
-        return self._dispatcher.binder.made_elsewhere(self.patch.unet.device)
+        return self._dispatcher.binder.made_elsewhere(self.meant_for or self.patch.unet.device)
 
     @staticmethod
     def _check(sizes: Sequence[tuple[int, int]], batch_sizes: Sequence[int]) -> list[tuple[int, int]]:

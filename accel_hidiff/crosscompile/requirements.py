@@ -20,7 +20,7 @@ from accel_hidiff.errors import BadInput
 from accel_hidiff.target import Target
 
 # (torch, Triton) for which the stand-ins are tested. Others may compile, and be wrong without an error.
-TESTED: Final = (("2.11.0", "3.6.0"),)
+TESTED: Final = (("2.11.0", "3.6.0"), ("2.15.0", "3.9.0"))
 _INSTALL: Final = "pip install accel-hidiff[cuda-build]"
 
 

@@ -160,7 +160,9 @@ def _triton_driver(target: Target) -> types.SimpleNamespace:
 
     major, minor = target.profile.capability
     return types.SimpleNamespace(
-        utils=types.SimpleNamespace(get_device_properties=lambda device: known, load_binary=load_binary),
+        utils=types.SimpleNamespace(
+            get_device_properties=lambda device: known, load_binary=load_binary, unload_module=lambda module: None
+        ),
         launcher_cls=lambda source, metadata: None,
         get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", 10 * major + minor, _WARP),
         get_current_device=lambda: 0,
