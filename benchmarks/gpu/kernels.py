@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import harness as h
-from benchmarks.gpu.lab import Case, Figures, Lab, NotHere
+from benchmarks.gpu.journal import Case, Figures
+from benchmarks.gpu.lab import Lab, NotHere
 from benchmarks.roofline import ceilings, median_seconds
 
 _HEAD_WIDTH: Final = 64
@@ -29,22 +30,26 @@ _TINY_TOKENS: Final = 64
 _REFUSALS: Final = ("No available kernel", "No viable backend")  # on a GPU; on a CPU
 
 
-def run_ceilings(lab: Lab, case: Case) -> Figures:
+def measure_ceilings(lab: Lab, case: Case, figures: Figures) -> None:
     """Speeds of a large matmul and of a large copy."""
-    lab.ceilings = ceilings(lab.device, lab.dtype, lab.setting.tiny)
-    return {name: h.rounded(value) for name, value in asdict(lab.ceilings).items()}
+    lab.ceilings = ceilings(lab.device, getattr(torch, case["dtype"]), lab.setting.tiny)
+    figures |= {name: h.rounded(value) for name, value in asdict(lab.ceilings).items()}
 
 
-def run_attention(lab: Lab, case: Case) -> Figures:
-    """One kernel at one shape, against the device's matmul.
+def measure_attention(lab: Lab, case: Case, figures: Figures) -> None:
+    """One kernel at all shapes.
 
     Raises:
         NotHere: the kernel does not take these tensors on this device.
     """
-    batch, heads, tokens = SHAPES[case["shape"]]
+    for name, shape in SHAPES.items():
+        figures[name] = _attention(lab, case, *shape)
+
+
+def _attention(lab: Lab, case: Case, batch: int, heads: int, tokens: int) -> Figures:
     tokens = _TINY_TOKENS if lab.setting.tiny else tokens
-    shape = batch, heads, tokens, _HEAD_WIDTH
-    query, key, value = (torch.randn(shape, device=lab.device, dtype=lab.dtype) for _ in range(3))
+    shape, dtype = (batch, heads, tokens, _HEAD_WIDTH), getattr(torch, case["dtype"])
+    query, key, value = (torch.randn(shape, device=lab.device, dtype=dtype) for _ in range(3))
 
     def run() -> object:
         return scaled_dot_product_attention(query, key, value)
@@ -55,9 +60,8 @@ def run_attention(lab: Lab, case: Case) -> Figures:
         except RuntimeError as problem:
             if not any(text in str(problem) for text in _REFUSALS):
                 raise
-            kernel, dtype = case["kernel"], lab.setting.dtype
-            raise NotHere(f"the {kernel} kernel does not take {dtype} of this shape on {lab.device.type}") from None
+            kernel, place = case["kernel"], lab.device.type
+            raise NotHere(f"the {kernel} kernel does not take {case['dtype']} of this shape on {place}") from None
         seconds = median_seconds(run, lab.device)
     speed = 4 * batch * heads * tokens**2 * _HEAD_WIDTH / seconds / 1e12
-    share = None if lab.ceilings is None else h.rounded(speed / lab.ceilings.matmul_tflop_per_s, 3)
-    return {"ms": h.rounded(seconds * 1e3), "tflop_per_s": h.rounded(speed), "matmul_share_ratio": share}
+    return {"ms": h.rounded(seconds * 1e3), "tflop_per_s": h.rounded(speed)}

@@ -1,50 +1,75 @@
-"""The model under test: SDXL's UNet in full size with random weights, or a tiny one of the same layout.
+"""The model under test: SDXL's UNet and VAE in full size with random weights, or tiny ones of the same layout.
 
-It needs no pipeline on disk: a `StableDiffusionXLPipeline` of a UNet and nothing else is what `accelerate` takes, and
-`patch.phase` names the steps. All UNets of a process share one set of weights.
+It needs no pipeline on disk, no text encoder and no tokenizer: `patch.phase` names single steps, and whole requests are
+given embeddings. All UNets of a process share one set of weights, and so do all VAEs.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import json
+from pathlib import Path
+from typing import Any, Final
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from accel_hidiff.architectures import configs_of
 from benchmarks import harness as h
-from benchmarks.unets import SDXL, SDXL_TINY
+from benchmarks.unets import SDXL_TINY
 
 # (relative L2, max|diff| / max|ref|) that two ways of running the same graph have to stay below. Two runs in bfloat16
-# differ by the order of their roundings (2^-9 each, through some 70 transformer blocks); a wrong graph differs by 1.
-LIMITS: Final = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 1e-1)}
+# differ by the order of their roundings (2^-9 each, in float16 2^-12, through some 70 transformer blocks); a wrong
+# graph differs by 1.
+LIMITS: Final = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 1e-1), torch.float16: (1e-2, 5e-2)}
+ARCHITECTURE: Final = "arch:sdxl"
 
 
 def model_name(tiny: bool) -> str:
     """What is written down as the model."""
-    return "tiny UNet of SDXL's layout, random weights, seed 0" if tiny else "SDXL's UNet, random weights, seed 0"
+    return f"{'tiny models of SDXL' if tiny else 'SDXL'}'s layout, random weights, seed 0"
 
 
 def make_unet(tiny: bool, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """A UNet with random weights from a fixed seed, in channels_last."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(**(SDXL_TINY if tiny else SDXL))
+        unet = UNet2DConditionModel(**(SDXL_TINY if tiny else _config("unet")))
     return unet.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Another UNet over the same weights."""
+def make_vae(tiny: bool, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """A VAE with random weights from a fixed seed, in channels_last."""
+    config = _config("vae")
+    if tiny:
+        config |= {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(**config)
+    return vae.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _config(part: str) -> dict[str, Any]:
+    """The published config of a part of the architecture, as its class takes it."""
+    config = json.loads((Path(configs_of(ARCHITECTURE, part)) / "config.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def twin(model: Any) -> Any:
+    """Another UNet or VAE over the same weights."""
     with torch.device("meta"):
-        other = UNet2DConditionModel.from_config(unet.config)
-    other.load_state_dict(unet.state_dict(), assign=True)
+        other = type(model).from_config(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
     return other.eval().requires_grad_(False)
 
 
-def pipeline_of(unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
-    """A pipeline of the UNet alone: nothing but its graphs is compiled."""
-    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    return StableDiffusionXLPipeline(unet=unet, scheduler=EulerDiscreteScheduler(), add_watermarker=False, **parts)
+def pipeline_of(unet: UNet2DConditionModel, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """A pipeline without text encoders, silent."""
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    scheduler = EulerDiscreteScheduler.from_pretrained(configs_of(ARCHITECTURE), subfolder="scheduler")
+    pipe = StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, add_watermarker=False, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def inputs_of(unet: UNet2DConditionModel, size: h.Size) -> h.UNetInputs:

@@ -1,0 +1,73 @@
+"""Regions compiled on this machine, beside the carried packages of the same graphs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accel_hidiff.backends.aot import AOTBackend
+from accel_hidiff.binder import BoundCall
+from benchmarks import harness as h
+from benchmarks.gpu.journal import Case, Figures
+from benchmarks.gpu.lab import BATCHES, Lab
+from benchmarks.gpu.model import compare
+from compile_cache import CacheKey, CompileCache, Entry
+
+
+def measure_native(lab: Lab, case: Case, figures: Figures) -> None:
+    """One region: seconds to compile it here, what differs in the packages, and both in turns.
+
+    Raises:
+        WrongOutput: they do not give the same.
+    """
+    handle = lab.served(case["variant"]).handle
+    needed = handle.needed(lab.pixels[:1], (h.NUM_STEPS,), batch_sizes=BATCHES)
+    graph, sizes = next(pair for call in needed.calls for pair in call if pair[0].region.kind == case["region"])
+    backend = AOTBackend()
+    key = graph.key(backend.factors(graph.device))
+    assert handle.cache is not None, "a handle of packages has a cache"
+    carried = handle.cache.get(key)
+    if carried is None:
+        raise h.WrongOutput(f"{graph.region.path}: expected its package to be carried, it is not in the cache")
+    figures["path"] = graph.region.path
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        made = backend.prepare(graph, CompileCache(Path(folder)))
+        figures["compile_s"] = h.rounded(made.seconds)
+        figures |= _differences(graph.device, {"carried": carried, "native": made.entry})
+        calls = {"carried": _bound(backend, graph, carried, key, sizes)}
+        calls["native"] = _bound(backend, graph, made.entry, key, sizes)
+        inputs = graph.region.example(graph.traits, sizes, graph.dtype, graph.device)
+        outs = [call(*inputs) for call in calls.values()]
+        figures |= compare(graph.region.path, outs[0], outs[1])
+        times = lab.interleave({name: lambda call=call: call(*inputs) for name, call in calls.items()})
+    for name, timing in times.items():
+        figures |= {field: value for field, value in timing.fields(name).items() if "_cpu_" not in field}
+    figures["carried_over_native_ratio"] = h.rounded(times["carried"].median / times["native"].median, 3)
+
+
+def _bound(backend: AOTBackend, graph: Any, entry: Entry, key: CacheKey, sizes: Any) -> BoundCall:
+    bound = backend.bind(graph, entry)
+    assert bound is not None, "an artifact of this backend binds"
+    return BoundCall(bound, graph.region, key, sizes)
+
+
+def _differences(device: torch.device, entries: dict[str, Entry]) -> Figures:
+    """Whether the packages are the same bytes; and on a GPU, how many kernels they have, and the registers of each."""
+    one, other = ({name: ref.sha256 for name, ref in entry.files.items()} for entry in entries.values())
+    figures: Figures = {"same_bytes": one == other}
+    if device.type != "cuda":
+        return figures
+    from accel_hidiff.packages.facts import read_package
+
+    found: dict[str, Any] = {}
+    for name, entry in entries.items():
+        inputs: Any = entry.notes["inputs"]
+        found[name] = read_package(entry.path / "package.pt2", inputs)
+        figures |= {f"{name}_kernels": len(found[name].usage), f"{name}_registers": found[name].registers}
+    carried, native = (facts.usage for facts in found.values())
+    figures["kernels_of_both"] = len(set(carried) & set(native))
+    figures["same_registers"] = sum(carried[name] == native[name] for name in set(carried) & set(native))
+    return figures
