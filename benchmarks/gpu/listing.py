@@ -29,6 +29,7 @@ from benchmarks.gpu.setting import FULL, TINY, Setting, Variant
 from compile_cache import CompileCache, CompileCacheError
 
 _DTYPES: Final = ("bfloat16", "float16", "float32")
+_PARTS: Final = ("dtype", "memory_format")  # of a variant's name, where a cache has several
 _FORMATS: Final = ("channels_last", "contiguous")
 
 
@@ -66,8 +67,10 @@ def write(name: str, cache: CompileCache, target: Target | None, folder: Path) -
     if not found:
         raise LookupError(f"expected {cache.location} to serve every size of the run, {closest}; precompile them")
     rows = []
+    several = [len({getattr(variant, part) for variant, _ in found}) > 1 for part in _PARTS]
     for variant, packages in found:
-        named = variant.name if len(found) == 1 else f"{variant.name}_{variant.dtype}_{variant.memory_format}"
+        parts = (getattr(variant, part) for part, tells in zip(_PARTS, several, strict=True) if tells)
+        named = "_".join([variant.name, *parts])
         row: dict[str, Any] = {**asdict(variant), "name": named, "packages": []}
         for package in packages:
             place = folder / named / package.slot

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 import accel_hidiff as ah
+from accel_hidiff.models import load_skeleton
 from benchmarks import harness as h
 from benchmarks.gpu import carried, journal, supervisor, worker
 from benchmarks.gpu.carried import BadLuggage, Package, pack, packages_of, unpack
 from benchmarks.gpu.journal import BEGUN, DONE, FACTS, FAILED, LATE, SKIPPED, WRONG, Journal, Line, ends
 from benchmarks.gpu.lab import Lab, NotHere, fill, packages_in, slots_of
-from benchmarks.gpu.model import compare, make_unet, make_vae, pipeline_of
+from benchmarks.gpu.model import ARCHITECTURE, compare, make_unet, make_vae, pipeline_of
 from benchmarks.gpu.page import render
 from benchmarks.gpu.programme import BY_NAME, STAGES, Stage, Task, chosen, programme
 from benchmarks.gpu.quarter_hour import main
@@ -346,6 +347,22 @@ def test_packages_of_other_sources_serve_the_graphs_they_are_for(handle: ah.Hand
     assert packages[0].files["package.pt2"].read_bytes() == b"code"
     again = {first: package(tmp_path, first, key=packages[0].key, notes=notes)}
     assert fill(handle, pixels, again) == {"packages": 1, "same_keys": 1}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_models_that_are_measured_are_those_that_are_packed(dtype: str, tmp_path: Path) -> None:
+    """In full size, without weights: the pipeline of a run asks for the graphs that the architecture's cache has."""
+    found = []
+    skeleton, device = load_skeleton(ARCHITECTURE, dtype, "cpu")
+    measured = pipeline_of(
+        *(make(False, torch.device("meta"), getattr(torch, dtype)) for make in (make_unet, make_vae))
+    )
+    for pipe, memory_format in ((skeleton, "channels_last"), (measured, None)):
+        settings: dict[str, Any] = {"hidiffusion": ah.HiDiffusionConfig(), "memory_format": memory_format}
+        handle = ah.accelerate(pipe, cache=tmp_path / "cache", **settings)
+        handle.meant_for = device
+        found.append(set(slots_of(handle, [(2048, 2048), (1536, 2688)])))
+    assert found[0] == found[1] and len(found[0]) == 16
 
 
 def test_a_variant_whose_package_was_not_carried_is_wrong(tmp_path: Path) -> None:
