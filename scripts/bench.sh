@@ -6,7 +6,7 @@
 #   --here  use the current environment instead of .venv, and install nothing
 #   --tiny  smoke runs: a tiny model, small sizes; the figures mean nothing
 #   --list  only say what would run
-#   NAME    benchmarks to run (benchmarks/README.md tells what each does); without: all but gpu, which needs one, and soak, which is long
+#   NAME    benchmarks to run (benchmarks/README.md tells what each does); without: all but fill, which needs the extra cuda-build, and soak, which is long
 #
 # One that fails leaves the others; the exit code is then 1.
 
@@ -18,7 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 known=(dispatch cache step compile memory cold_start regions_choice inversion)
 for path in "$REPO"/benchmarks/*.py; do
     name="$(basename "$path" .py)"
-    if grep -q '^if __name__ == "__main__":' "$path" && [[ " ${known[*]} gpu soak " != *" $name "* ]]; then
+    if grep -q '^if __name__ == "__main__":' "$path" && [[ " ${known[*]} fill soak " != *" $name "* ]]; then
         known+=("$name")
     fi
 done
@@ -36,7 +36,7 @@ while [ $# -gt 0 ]; do
         ;;
     -*) fail "expected --here, --tiny, --list, --out FOLDER or names of benchmarks, got $1" ;;
     *)
-        [ -f "$REPO/benchmarks/$1.py" ] || [ -f "$REPO/benchmarks/$1/run.py" ] || fail "expected one of ${known[*]} gpu soak, got $1"
+        [ -f "$REPO/benchmarks/$1.py" ] || fail "expected one of ${known[*]} fill soak, got $1"
         names+=("$1")
         ;;
     esac
@@ -61,9 +61,7 @@ fi
 failed=()
 for name in "${names[@]}"; do
     read -ra words <<<"$(arguments_of "$name")"
-    module="benchmarks.$name"
-    [ ! -d "$REPO/benchmarks/$name" ] || module+=.run
-    command=(-m "$module" ${words[@]+"${words[@]}"} ${tiny[@]+"${tiny[@]}"} --out "$out/$name.json")
+    command=(-m "benchmarks.$name" ${words[@]+"${words[@]}"} ${tiny[@]+"${tiny[@]}"} --out "$out/$name.json")
     echo "python ${command[*]}"
     if [ "$only_list" = no ] && ! "$PY" "${command[@]}"; then failed+=("$name"); fi
 done

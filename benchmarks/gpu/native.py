@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from accel_hidiff.backends.aot import AOTBackend
 from accel_hidiff.binder import BoundCall
+from accel_hidiff.packages.archive import read_archive
 from benchmarks import harness as h
 from benchmarks.gpu.journal import Case, Figures
 from benchmarks.gpu.lab import BATCHES, Lab
 from benchmarks.gpu.model import compare
 from compile_cache import CacheKey, CompileCache, Entry
+
+_SHOWN: Final = 8  # kernels whose configurations differ
+_LAUNCH: Final = re.compile(
+    r"uint32_t grid_0 = (?P<grid>[^;]+);"
+    r"|launchKernel\(kernels_?\.(?P<kernel>\w+), grid_0, grid_1, grid_2, (?P<warps>\d+), (?P<shared>\d+),"
+)
 
 
 def measure_native(lab: Lab, case: Case, figures: Figures) -> None:
@@ -55,19 +63,32 @@ def _bound(backend: AOTBackend, graph: Any, entry: Entry, key: CacheKey, sizes: 
 
 
 def _differences(device: torch.device, entries: dict[str, Entry]) -> Figures:
-    """Whether the packages are the same bytes; and on a GPU, how many kernels they have, and the registers of each."""
+    """Whether the packages are the same bytes; and on a GPU, which kernels they share, in which configurations."""
     one, other = ({name: ref.sha256 for name, ref in entry.files.items()} for entry in entries.values())
     figures: Figures = {"same_bytes": one == other}
     if device.type != "cuda":
         return figures
-    from accel_hidiff.packages.facts import read_package
-
-    found: dict[str, Any] = {}
-    for name, entry in entries.items():
-        inputs: Any = entry.notes["inputs"]
-        found[name] = read_package(entry.path / "package.pt2", inputs)
-        figures |= {f"{name}_kernels": len(found[name].usage), f"{name}_registers": found[name].registers}
-    carried, native = (facts.usage for facts in found.values())
-    figures["kernels_of_both"] = len(set(carried) & set(native))
-    figures["same_registers"] = sum(carried[name] == native[name] for name in set(carried) & set(native))
+    found = {name: launches(read_archive(entry.path / "package.pt2").wrapper) for name, entry in entries.items()}
+    figures |= {f"{name}_kernels": len(configurations) for name, configurations in found.items()}
+    carried, native = found.values()
+    both = sorted(carried.keys() & native.keys())
+    others = [name for name in both if carried[name] != native[name]]
+    figures |= {"kernels_of_both": len(both), "same_configurations": len(both) - len(others)}
+    figures["other_configurations"] = {name: f"{carried[name]} | {native[name]}" for name in others[:_SHOWN]}
     return figures
+
+
+def launches(wrapper: str) -> dict[str, str]:
+    """Each Triton kernel's configuration, as the source of a package launches it: grid, warps, shared memory.
+
+    >>> text = "uint32_t grid_0 = ((xnumel + (256 - 1)) / (256));"
+    >>> launches(text + " launchKernel(kernels_.triton_poi_1, grid_0, grid_1, grid_2, 4, 0, args, stream);")
+    {'triton_poi_1': '((xnumel + (256 - 1)) / (256)), 4 warps, 0 B'}
+    """
+    found, grid = {}, ""
+    for line in _LAUNCH.finditer(wrapper):
+        if line["grid"] is not None:
+            grid = line["grid"]
+        else:
+            found[line["kernel"]] = f"{grid}, {line['warps']} warps, {line['shared']} B"
+    return found

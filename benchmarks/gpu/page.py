@@ -42,7 +42,7 @@ _COLUMNS: Final[dict[str, dict[str, str]]] = {
     "native": {
         "region": "region", "path": "path", "compile_s": "compile s", "same_bytes": "same bytes",
         "carried_kernels": "kernels", "native_kernels": "native", "kernels_of_both": "both",
-        "same_registers": "same registers", "carried_ms": "ms", "native_ms": "native ms",
+        "same_configurations": "same configuration", "carried_ms": "ms", "native_ms": "native ms",
         "carried_over_native_ratio": "/ native",
     },
     "repeated": {

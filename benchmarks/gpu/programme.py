@@ -28,7 +28,7 @@ class Stage:
     name: str
     about: str
     limit_s: float
-    dry_limit_s: float = 40.0
+    dry_limit_s: float = 90.0
     process: str = "steps"
     gpu_only: bool = False
     beside: str = ""
@@ -47,9 +47,9 @@ STAGES: Final = (
     Stage("second", "In a second process: every size from the caches, nothing compiled.", 90, process="second"),
     Stage("graphs", "A step in a CUDA graph.", 40, process="second", gpu_only=True),
     Stage("memory", "A request that finds no memory, and the one after it.", 60, process="second", gpu_only=True),
-    Stage("native", "Regions compiled on this machine, beside the carried ones.", 240, 120, "native", beside="second"),
+    Stage("native", "Regions compiled on this machine, beside the carried ones.", 240, 240, "native", beside="rivals"),
     Stage("attention", "PyTorch's attention kernels at the shapes of SDXL.", 20, process="rivals"),
-    Stage("repeated", "diffusers' `compile_repeated_blocks` on the patched UNet, one size.", 90, 100, "rivals"),
+    Stage("repeated", "diffusers' `compile_repeated_blocks` on the patched UNet, one size.", 90, 200, "rivals"),
 )
 BY_NAME: Final = {stage.name: stage for stage in STAGES}
 

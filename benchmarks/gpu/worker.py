@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -93,10 +94,19 @@ def run(task: Task, lab: Lab, book: Journal, limit_s: float) -> None:
     except Exception as problem:
         event, reason = FAILED, told(problem)
     took_s = round(time.perf_counter() - start, 2)
-    try:
-        book.write(event, name, case, took_s=took_s, figures=figures, reason=reason)
-    except ValueError as problem:  # not a number
-        book.write(FAILED, name, case, took_s=took_s, reason=f"{told(problem)}; figures: {figures}"[:500])
+    plain = _finite(figures)
+    if plain != figures and event == DONE:
+        event, reason = FAILED, "a figure is no finite number"
+    book.write(event, name, case, took_s=took_s, figures=plain, reason=reason)
+
+
+def _finite(value: Any) -> Any:
+    """The same with text in the place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
