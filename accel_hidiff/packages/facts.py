@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from accel_hidiff.packages.archive import read_archive
 from accel_hidiff.packages.cubin import Usage, architecture_of, usage_of
-from accel_hidiff.packages.kernels import KernelFacts, read_kernel, traffic
+from accel_hidiff.packages.kernels import KernelFacts, read_kernel, tensors_of, traffic
 from accel_hidiff.packages.native import NativeFacts, read_native
 from accel_hidiff.packages.wrapper import Call, Tensor, Wrapper, read_wrapper
 
@@ -126,24 +126,42 @@ def _passes(facts: PackageFacts) -> Passes:
 
     weights = {weight.name.replace(".", "_") for weight in facts.wrapper.weights}
     triton = extern = transposed = 0
-    given: dict[str, int] = {tensor.name: tensor.bytes for tensor in facts.wrapper.inputs if counts(tensor)}
-    taken: dict[str, int] = {}
     for call in calls:
         if call.kind == "triton":
-            kernel = facts.wrapper.kernels.get(call.name)
-            if kernel is None:
-                continue
-            moved = sum(traffic(call, kernel, facts.kernels[call.name]))
-            triton += moved
-            transposed += moved if facts.kernels[call.name].transposes else 0
-            continue
-        for tensor in call.arguments:
-            if counts(tensor) and tensor is not None:
-                extern += tensor.bytes
-                if tensor.name not in given:  # somebody wrote it for this operator
-                    taken[tensor.name] = tensor.bytes
-        if counts(call.out) and call.out is not None:
-            extern += call.out.bytes
-            given[call.out.name] = call.out.bytes
-    result = max(given.values(), default=0)  # the region's own result is an image as its input is
-    return Passes(triton, extern, sum(given.values()) + sum(taken.values()) + result, transposed)
+            if (kernel := facts.wrapper.kernels.get(call.name)) is not None:
+                moved = sum(traffic(call, kernel, facts.kernels[call.name]))
+                triton += moved
+                transposed += moved if facts.kernels[call.name].transposes else 0
+        else:
+            extern += sum(
+                tensor.bytes for tensor in (*call.arguments, call.out) if tensor is not None and counts(tensor)
+            )
+    return Passes(triton, extern, _least(facts, counts), transposed)
+
+
+def _least(facts: PackageFacts, counts: Callable[[Tensor | None], bool]) -> int:
+    """`Passes.least_bytes`. Memory is used again and again under one name: what counts is who wrote it last."""
+    given = {tensor.name for tensor in facts.wrapper.inputs}  # by an operator or the caller, and not read yet
+    made: set[str] = set()  # by a Triton kernel, and not taken yet
+    least = result = 0
+    for call in facts.wrapper.calls:
+        if call.kind != "triton":
+            for tensor in call.arguments:
+                if tensor is not None and counts(tensor) and tensor.name in made:
+                    least += tensor.bytes
+                    made.remove(tensor.name)
+            if call.out is not None:
+                given.add(call.out.name)
+                made.discard(call.out.name)
+            result = 0
+        elif (kernel := facts.wrapper.kernels.get(call.name)) is not None:
+            found = facts.kernels[call.name]
+            for tensor in tensors_of(call, kernel, found.loads).values():
+                if counts(tensor) and tensor.name in given:
+                    least += tensor.bytes
+                    given.remove(tensor.name)
+            stored = [tensor for tensor in tensors_of(call, kernel, found.stores).values() if counts(tensor)]
+            made |= {tensor.name for tensor in stored}
+            given -= made
+            result = sum(tensor.bytes for tensor in stored)  # of the last call: what the region gives
+    return least + result

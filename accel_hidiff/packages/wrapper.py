@@ -7,6 +7,7 @@ for are those of torch 2.11 to 2.13.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,12 +48,14 @@ class Tensor:
     dtype: str
 
     @property
+    def count(self) -> int:
+        """Of its numbers."""
+        return math.prod(self.sizes)
+
+    @property
     def bytes(self) -> int:
         """That its numbers take."""
-        count = 1
-        for size in self.sizes:
-            count *= size
-        return count * _BITS.get(self.dtype, 32) // 8
+        return self.count * _BITS.get(self.dtype, 32) // 8
 
     @property
     def channels_last(self) -> bool:

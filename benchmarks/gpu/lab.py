@@ -6,6 +6,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Lab:
         self.setting = setting
         self.device = torch.device(setting.device)
         self.ceilings: Ceilings | None = None
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, Served | Exception] = {}
         self._work: dict[tuple[str, str], Work] = {}
         self.unet, self.vae = cache(self._make_unet), cache(self._make_vae)
         self.stock, self.patched = cache(self.another), cache(self._make_patched)
@@ -97,19 +98,24 @@ class Lab:
 
         Raises:
             WrongOutput: a package is missing.
+            Exception: whatever loading raised, each time.
         """
         if name not in self._served:
-            self._served[name] = Served(self, self.variant(name))
-        return self._served[name]
+            try:
+                self._served[name] = Served(self, self.variant(name))
+            except Exception as problem:
+                self._served[name] = problem.with_traceback(None)  # its frames hold memory
+        found = self._served[name]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def served_of(self, dtype: str) -> dict[str, Served]:
         """All variants of a dtype that can be loaded; why another one cannot is told where it is loaded."""
         found = {}
         for variant in self.setting.of_dtype(dtype):
-            try:
+            with suppress(Exception):
                 found[variant.name] = self.served(variant.name)
-            except h.WrongOutput:
-                continue
         return found
 
     def step_of(self, size: h.Size, topology: str) -> int:

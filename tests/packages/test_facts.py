@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from accel_hidiff.errors import CompileFailed
 from accel_hidiff.packages.archive import read_archive, rewrite
 from accel_hidiff.packages.facts import read_package
+from accel_hidiff.packages.kernels import KernelFacts, traffic
+from accel_hidiff.packages.wrapper import Call, Kernel, Tensor
 from tests.packages.conftest import Stored
 
 
@@ -51,6 +54,31 @@ def test_sizes_are_worked_out_for_the_inputs_that_are_given(resnet: Stored) -> N
     small, large = resnet.facts.passes(), larger.passes()
     assert 3.9 < large.triton_bytes / small.triton_bytes < 4.1
     assert large.over_least == pytest.approx(small.over_least, rel=0.05) and large.over_least > 1
+
+
+def test_the_halves_of_a_gated_activation_pass_once() -> None:
+    both = Tensor("buf0", (4, 100, 20), (2000, 20, 1), "bfloat16")
+    half = Tensor("buf1", (4, 100, 10), (1000, 10, 1), "bfloat16")
+    kernel, facts = Kernel(("in_ptr0", "out_ptr0"), ""), KernelFacts({"in_ptr0": 2}, {"out_ptr0": 1}, False, 0, False)
+    gated = Call("triton", "triton_poi_fused_gelu_mul_0", (both, half))
+    assert traffic(gated, kernel, facts) == (both.bytes, half.bytes)
+    norm = Call("triton", "triton_red_fused_native_layer_norm_0", (both, half))  # a reduction reads all of it twice
+    assert traffic(norm, kernel, facts) == (2 * both.bytes, half.bytes)
+
+
+def test_memory_that_is_used_again_counts_each_time(resnet: Stored) -> None:
+    """Two rounds of product and activation over the same two buffers, between an image and a result."""
+    image, one, other = (Tensor(name, (2, 64, 32), (2048, 32, 1), "float32") for name in ("arg0", "buf0", "buf1"))
+    kernels = {"triton_poi_0": Kernel(("in_ptr0", "out_ptr0"), "")}
+    facts = {"triton_poi_0": KernelFacts({"in_ptr0": 1}, {"out_ptr0": 1}, False, 0, False)}
+    rounds = [Call("extern", "mm_out", (other,), one), Call("triton", "triton_poi_0", (one, other))] * 2
+    calls = (Call("triton", "triton_poi_0", (image, other)), *rounds)
+    wrapper = replace(resnet.facts.wrapper, calls=calls, kernels=kernels, inputs=(image,), weights=())
+    passes = replace(resnet.facts, wrapper=wrapper, kernels=facts).passes()
+    assert passes.triton_bytes == passes.least_bytes == 6 * image.bytes and passes.extern_bytes == 4 * image.bytes
+    copied = (*calls, Call("triton", "triton_poi_0", (other, one)))  # a pass that nobody needed
+    wasted = replace(resnet.facts, wrapper=replace(wrapper, calls=copied), kernels=facts).passes()
+    assert wasted.least_bytes == passes.least_bytes and wasted.triton_bytes == 8 * image.bytes
 
 
 def test_the_transformers_attention_and_windows(transformer: Stored) -> None:
