@@ -1,7 +1,7 @@
 """Inductor's C++ source of a package: its weights, and what it calls in which order over which tensors.
 
 It is read, not compiled: sizes are worked out for given inputs, so that bytes can be counted. The forms that are looked
-for are those of torch 2.11 to 2.13.
+for are those of torch 2.11 to 2.15.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def read_wrapper(source: str, inputs: Sequence[tuple[Sequence[int], str, Sequenc
         except (KeyError, IndexError, ValueError, SyntaxError, TypeError) as problem:
             raise CompileFailed(
                 f"package: expected Inductor's source in a known form, got {line.strip()[:120]!r} ({problem!r}); it is "
-                "read as torch 2.11 to 2.13 write it"
+                "read as torch 2.11 to 2.15 write it"
             ) from problem
     return Wrapper(weights, tuple(run.calls), kernels, tuple(run.inputs))
 
