@@ -42,6 +42,7 @@ from benchmarks.gpu.programme import BY_NAME, chosen
 from benchmarks.gpu.setting import FULL, TINY, Variant
 from benchmarks.gpu.supervisor import ROOT, Supervisor
 
+_GPU_FILES: Final = ("/dev/nvidiactl", "/dev/dxg")  # of NVIDIA's driver on Linux, and of Linux under Windows
 _MODES: Final = ("pack", "carried", "dry_run", "render")
 
 
@@ -86,13 +87,16 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _pack(options: argparse.Namespace, scratch: Path) -> int:
-    variants = {}
+    variants: dict[Variant, list[Package]] = {}
     for number, text in enumerate(options.variant):
         name, _, place = text.partition("=")
         cache, _, checkout = place.partition("@")
         if not name.isidentifier() or not cache:
             raise BadLuggage(f"--variant: expected NAME=CACHE, a name of letters and digits, got {text!r}")
-        variants |= _listed(name, Path(cache), Path(checkout or ROOT), options.target, scratch / str(number))
+        found = _listed(name, Path(cache), Path(checkout or ROOT), options.target, scratch / str(number))
+        if twice := {variant.name for variant in variants} & {variant.name for variant in found}:
+            raise BadLuggage(f"--variant: expected a name of its own for each, got {', '.join(sorted(twice))} twice")
+        variants |= found
     if not variants:
         raise BadLuggage("--pack: expected a --variant NAME=CACHE with it, got none")
     wheels = sorted(options.wheels.glob("*.whl")) if options.wheels else []
@@ -124,6 +128,8 @@ def _pack_tiny(options: argparse.Namespace, scratch: Path) -> None:
 def _run(options: argparse.Namespace, scratch: Path) -> int:
     variants = unpack(options.carried, scratch)
     plain = TINY if options.dry_run else FULL
+    if plain.device == "cuda" and not any(map(os.path.exists, _GPU_FILES)):
+        raise BadLuggage("--carried: expected a GPU on this machine, found none; --dry-run measures on a CPU")
     setting = replace(plain, variants=variants, carried=str(scratch), caches=str(scratch / "caches"))
     tasks = chosen(setting, options.only)
     options.out.parent.mkdir(parents=True, exist_ok=True)

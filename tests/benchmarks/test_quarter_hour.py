@@ -19,7 +19,7 @@ import accel_hidiff as ah
 from accel_hidiff.models import load_skeleton
 from accel_hidiff.packages.archive import read_archive
 from benchmarks import harness as h
-from benchmarks.gpu import carried, journal, supervisor, worker
+from benchmarks.gpu import carried, journal, quarter_hour, supervisor, worker
 from benchmarks.gpu.carried import BadLuggage, Package, pack, packages_of, unpack
 from benchmarks.gpu.journal import BEGUN, DONE, FACTS, FAILED, LATE, SKIPPED, WRONG, Journal, Line, ends
 from benchmarks.gpu.lab import Lab, NotHere, fill, packages_in, slots_of
@@ -429,6 +429,17 @@ def test_a_wrong_command_is_told_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_gpu_nothing_is_begun(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(tmp_path / "luggage", {HEAD: [package(tmp_path, "a")]}, [], repository(tmp_path / "root", 10))
+    monkeypatch.setattr(quarter_hour, "_GPU_FILES", (str(tmp_path / "none"),))
+    with pytest.raises(SystemExit):
+        main(["--carried", str(tmp_path / "luggage"), "--out", str(tmp_path / "out.jsonl")])
+    assert "--carried: expected a GPU on this machine, found none; --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_cache_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["--pack", str(tmp_path / "luggage"), "--variant", f"head={tmp_path / 'none'}"])
@@ -454,6 +465,6 @@ def test_a_dry_run(tmp_path: Path) -> None:
         assert ours["relative_l2"] < 1e-3 and ours["max_error"] < 1e-3 and ours["ms"] > 0 and figures["tflop"] > 0
     assert found["truth"]["tiny"]["relative_l2"] < 1e-3 and found["requests"]["tiny"]["relative_l2"] < 1e-3
     assert found["second"]["compiles"] == 0 and len(found["second"]["first_call_s"]) == 6
-    assert found["native"]["same_bytes"] and found["native"]["max_error"] == 0.0
+    assert found["native"]["max_error"] < 1e-5 and found["native"]["compile_s"] > 1
     page = out.with_suffix(".md").read_text()
     assert "| tiny |" in page and str(tmp_path) not in page + out.read_text()
