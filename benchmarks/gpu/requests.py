@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from benchmarks.gpu.lab import Lab, error_fields
 from benchmarks.gpu.measures import EAGER, STOCK
 from benchmarks.gpu.model import inputs_of
 from benchmarks.gpu.setting import TOPOLOGIES
+from benchmarks.waiting import watched
 
 _WARM_STEPS = 2
 _LEFT_BYTES = 10**9  # free memory with which a large request is tried
@@ -126,7 +126,7 @@ def measure_freezes(lab: Lab, case: Case, figures: Figures) -> None:
         run = lab.call_of(patch, dtype, size, TOPOLOGIES[0])
         run()
         lab.synchronize()
-        with _watched() as gaps:
+        with watched() as gaps:
             for _ in range(5):
                 run()
             lab.synchronize()
@@ -134,29 +134,6 @@ def measure_freezes(lab: Lab, case: Case, figures: Figures) -> None:
         figures[name] = {
             "longest_ms": h.rounded(longest[-1] * 1e3), "p99_ms": h.rounded(longest[int(0.99 * len(longest))] * 1e3)
         }  # fmt: skip
-
-
-@contextmanager
-def _watched() -> Iterator[list[float]]:
-    """Seconds between the turns of a thread that sleeps for a millisecond each time, inside of the block."""
-    gaps: list[float] = []
-    over = threading.Event()
-
-    def tick() -> None:
-        last = time.perf_counter()
-        while not over.is_set():
-            time.sleep(0.001)
-            now = time.perf_counter()
-            gaps.append(now - last)
-            last = now
-
-    thread = threading.Thread(target=tick)
-    thread.start()
-    try:
-        yield gaps
-    finally:
-        over.set()
-        thread.join()
 
 
 def measure_out_of_memory(lab: Lab, case: Case, figures: Figures) -> None:
