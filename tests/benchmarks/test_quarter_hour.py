@@ -429,6 +429,12 @@ def test_a_wrong_command_is_told_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_watches_over_the_processes_needs_no_torch() -> None:
+    code = "import sys, benchmarks.gpu.quarter_hour; print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=h.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_without_a_gpu_nothing_is_begun(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
