@@ -39,13 +39,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         caches = {name: Path(scratch, name, "cache") for name in checkouts}
         turns = 1 if options.tiny else options.repeats
-        _compare(report, "precompile", turns, checkouts, lambda name, root: precompiled(root, caches[name]))
-        _compare(report, "serving", 3 * turns, checkouts, lambda name, root: served(root, caches[name]))
+        compare_checkouts(report, "precompile", turns, checkouts, lambda name, root: precompiled(root, caches[name]))
+        compare_checkouts(report, "serving", 3 * turns, checkouts, lambda name, root: served(root, caches[name]))
         if not (options.no_demo or options.tiny):
-            _compare(report, "demo", 1, checkouts, lambda name, root: drawn(root))
+            compare_checkouts(report, "demo", 1, checkouts, lambda name, root: drawn(root))
 
 
-def _compare(
+def compare_checkouts(
     report: h.Report,
     part: str,
     turns: int,

@@ -118,9 +118,8 @@ def compared(first: CompileCache, second: CompileCache) -> dict[str, Any]:
     same = one.keys() & other.keys()
     equal = sum(one[digest] == other[digest] for digest in same)
     if not len(one) == len(other) == len(same) == equal:
-        raise h.WrongOutput(
-            f"expected {len(one)} keys of the same bytes, got {len(same)} of {len(other)}, {equal} equal"
-        )
+        told = f"{len(same)} of {len(other)}, {equal} of them with the same bytes"
+        raise h.WrongOutput(f"expected the {len(one)} keys of the first fill with the same bytes, got {told}")
     return {"same_keys": len(same), "same_bytes": equal}
 
 
