@@ -43,6 +43,7 @@ from benchmarks.gpu.setting import FULL, TINY, Variant
 from benchmarks.gpu.supervisor import ROOT, Supervisor
 
 _GPU_FILES: Final = ("/dev/nvidiactl", "/dev/dxg")  # of NVIDIA's driver on Linux, and of Linux under Windows
+_OUT: Final = Path("bench-out", "quarter_hour.jsonl")
 _MODES: Final = ("pack", "carried", "dry_run", "render")
 
 
@@ -52,8 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if sum(bool(getattr(options, mode)) for mode in _MODES) != 1:
         parser.error("expected one of --pack, --carried, --dry-run and --render; --help shows a run")
-    if (options.carried or options.dry_run) and options.out is None:
-        parser.error("--out: expected a file for the records, got none")
     try:
         if options.render:
             _write_page(options.render)
@@ -80,7 +79,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--carried", type=Path, metavar="DIR", help="measure with what --pack wrote")
     parser.add_argument("--dry-run", action="store_true", help="pack and measure tiny models on this CPU")
     parser.add_argument("--render", type=Path, metavar="FILE", help="write the page of a file of records anew")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to write; they are replaced")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", default=_OUT, help=f"JSON lines to write, and the page beside them; {_OUT}"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing runs any more")
     parser.add_argument("--only", metavar="STAGE[,STAGE]", help=f"of {', '.join(BY_NAME)}")
     return parser
@@ -145,6 +146,7 @@ def _run(options: argparse.Namespace, scratch: Path) -> int:
     over = list(journal.ends(journal.read(options.out)))
     for line in over:
         print(f"{line.event:8} {line.took_s:6.1f} s  {line.stage} {' '.join(line.case.values())}  {line.reason}")
+    print(f"records: {options.out}; page: {options.out.with_suffix('.md')}")
     return 0 if all(line.event in (DONE, SKIPPED) for line in over) else 1
 
 

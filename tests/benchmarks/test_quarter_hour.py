@@ -413,7 +413,6 @@ def test_the_page_comes_from_the_records_alone(book: Journal) -> None:
     ("words", "told"),
     [
         ([], "expected one of --pack, --carried, --dry-run and --render"),
-        (["--dry-run"], "--out: expected a file for the records"),
         (["--pack", "luggage"], "expected a --variant NAME=CACHE with it"),
         (["--pack", "luggage", "--variant", "a b=c"], "--variant: expected NAME=CACHE, a name of letters"),
         (["--carried", "nowhere", "--out", "out.jsonl"], "expected a folder that --pack wrote"),
