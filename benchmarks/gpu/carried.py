@@ -1,8 +1,7 @@
-"""What a run takes along: packages of several variants, and wheels of what the machine lacks.
+"""What a run takes along: packages of several variants, sources of other checkouts, wheels of what the machine lacks.
 
-A package travels under its *slot*: the graph that it is for, whatever sources and options compiled it. So an idea can
-be compiled by another checkout, and runs beside what it is to replace, as long as it leaves the graph's inputs and
-ranges as they are.
+A package travels under its *slot*, the graph that it is for, less who compiles it and how. What another checkout
+compiled runs over that checkout's own sources.
 """
 
 from __future__ import annotations
@@ -23,6 +22,14 @@ from benchmarks.gpu.setting import Variant
 
 LIMIT: Final = 64 * 2**20  # bytes of the repository and what is carried beside it
 LISTING: Final = "listing.json"
+TREES: Final = "trees"
+_SOURCES: Final = (
+    "accel_hidiff",
+    "compile_cache",
+    "benchmarks",
+    ":!accel_hidiff/demo/trained_model",
+    ":!benchmarks/results",
+)
 _ARCHIVE: Final = "packages.tar.xz"
 _MANIFEST: Final = "manifest.json"
 _NOTES: Final = "entry.json"
@@ -49,7 +56,13 @@ class Package:
     notes: Mapping[str, Any]
 
 
-def pack(folder: Path, variants: Mapping[Variant, Sequence[Package]], wheels: Sequence[Path], root: Path) -> int:
+def pack(
+    folder: Path,
+    variants: Mapping[Variant, Sequence[Package]],
+    wheels: Sequence[Path],
+    root: Path,
+    trees: Mapping[str, Path] | None = None,
+) -> int:
     """Writes packages and wheels to a folder; bytes of it and the repository.
 
     Args:
@@ -57,6 +70,7 @@ def pack(folder: Path, variants: Mapping[Variant, Sequence[Package]], wheels: Se
         variants: their packages.
         wheels: files that are copied.
         root: of the repository, which travels too: what git tracks.
+        trees: name -> another checkout, whose sources are taken along.
 
     Raises:
         BadLuggage: the folder holds something, or it is too much; what was written is removed then.
@@ -65,7 +79,7 @@ def pack(folder: Path, variants: Mapping[Variant, Sequence[Package]], wheels: Se
         raise BadLuggage(f"--pack: expected a new or an empty folder, got {folder}, which holds something; remove it")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _write_archive(folder / _ARCHIVE, variants)
+        _write_archive(folder / _ARCHIVE, variants, trees or {})
         for wheel in wheels:
             shutil.copy(wheel, folder)
         repository = tracked_bytes(root)
@@ -91,8 +105,8 @@ def read_listing(folder: Path) -> dict[Variant, list[Package]]:
     return found
 
 
-def _write_archive(path: Path, variants: Mapping[Variant, Sequence[Package]]) -> None:
-    manifest = [{**asdict(variant), "slots": [p.slot for p in packages]} for variant, packages in variants.items()]
+def _write_archive(path: Path, variants: Mapping[Variant, Sequence[Package]], trees: Mapping[str, Path]) -> None:
+    manifest = [asdict(variant) for variant in variants]
     with (
         tempfile.TemporaryDirectory() as scratch,
         lzma.open(path, "wb", preset=6) as out,
@@ -103,28 +117,36 @@ def _write_archive(path: Path, variants: Mapping[Variant, Sequence[Package]]) ->
         archive.add(text, _MANIFEST)
         for variant, packages in variants.items():
             for package in packages:
-                name = f"{variant.name}/{package.slot}"
+                name = f"packages/{variant.name}/{package.slot}"
                 text.write_text(json.dumps({"key": package.key, "notes": dict(package.notes)}))
                 archive.add(text, f"{name}/{_NOTES}")
                 for file, place in package.files.items():
                     archive.add(place, f"{name}/files/{file}")
+        for tree, checkout in trees.items():
+            for file in _listed(checkout, *_SOURCES):
+                archive.add(checkout / file, f"{TREES}/{tree}/{file}")
 
 
 def tracked_bytes(root: Path) -> int:
-    """Bytes of the files that git tracks below a folder.
+    """Bytes of the files of a checkout, less what git ignores.
 
     Raises:
         BadLuggage: it is no checkout.
     """
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=False)
+    return sum((root / name).stat().st_size for name in _listed(root))
+
+
+def _listed(root: Path, *paths: str) -> list[str]:
+    """The files of a checkout that git tracks or does not ignore, below these paths; BadLuggage if it is none."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *paths]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
         raise BadLuggage(f"--pack: expected a git checkout, got {root}; pack from one")
-    paths = (root / name for name in listed.stdout.split("\0") if name)
-    return sum(path.stat().st_size for path in paths if path.is_file())
+    return [name for name in dict.fromkeys(listed.stdout.split("\0")) if name and (root / name).is_file()]
 
 
 def unpack(folder: Path, into: Path) -> tuple[Variant, ...]:
-    """Unpacks what `pack` wrote: packages below `into / "packages"`, wheels below `into / "site"`. The variants.
+    """Unpacks what `pack` wrote into a folder: packages, other sources, and wheels (below `site`). The variants.
 
     Raises:
         BadLuggage: it is no such folder.
@@ -132,14 +154,12 @@ def unpack(folder: Path, into: Path) -> tuple[Variant, ...]:
     archive = folder / _ARCHIVE
     if not archive.is_file():
         raise BadLuggage(f"--carried: expected a folder that --pack wrote, got one without {_ARCHIVE}: {folder}")
-    packages = into / "packages"
     with tarfile.open(archive) as members:
-        members.extractall(packages, filter="data")
+        members.extractall(into, filter="data")
     for wheel in sorted(folder.glob("*.whl")):
         with zipfile.ZipFile(wheel) as files:
             files.extractall(into / "site")
-    manifest = json.loads((packages / _MANIFEST).read_text(encoding="utf-8"))
-    return tuple(Variant(row["name"], row["dtype"], row["memory_format"]) for row in manifest)
+    return tuple(Variant(**row) for row in json.loads((into / _MANIFEST).read_text(encoding="utf-8")))
 
 
 def packages_of(carried: Path, name: str) -> dict[str, Package]:

@@ -56,10 +56,21 @@ BY_NAME: Final = {stage.name: stage for stage in STAGES}
 
 @dataclass(frozen=True)
 class Task:
-    """One case of a stage."""
+    """One case of a stage.
+
+    Attributes:
+        stage, case: which.
+        tree: the sources that run it; "" for this checkout's.
+    """
 
     stage: Stage
     case: Case
+    tree: str = ""
+
+    @property
+    def process(self) -> str:
+        """Neighbours that share it run in one process."""
+        return self.tree or self.stage.process
 
     def limit_s(self, tiny: bool) -> float:
         """Seconds that it may take."""
@@ -68,7 +79,14 @@ class Task:
 
 def programme(setting: Setting) -> list[Task]:
     """Every case of a run, in order; those of one process are neighbours."""
-    return [Task(BY_NAME[name], case) for name, case in _cases(setting)]
+    own = [Task(BY_NAME[name], case) for name, case in _cases(setting.of_tree(""))]
+    others = [
+        Task(BY_NAME[name], {**case, "tree": tree}, tree)
+        for tree in setting.trees
+        for name, case in _cases_of_tree(setting.of_tree(tree))
+    ]
+    first = next((number for number, task in enumerate(own) if task.stage.process != "steps"), len(own))
+    return own[:first] + others + own[first:]
 
 
 def chosen(setting: Setting, names: str | None) -> list[Task]:
@@ -116,6 +134,24 @@ def _cases(setting: Setting) -> Iterator[tuple[str, dict[str, str]]]:
     yield from (("native", {"variant": first, "region": region}) for region in ("resnet", "transformer"))
     yield from (("attention", {"dtype": main, "kernel": kernel}) for kernel in ("flash", "cudnn", "efficient"))
     yield "repeated", {"dtype": main, "size": sizes[0]}
+
+
+def _cases_of_tree(setting: Setting) -> Iterator[tuple[str, dict[str, str]]]:
+    """What tells whether an idea is worth having."""
+    main, sizes = setting.dtypes[0], [_text(size) for size in setting.sizes]
+    yield "ceilings", {"dtype": main}
+    yield from (("load", {"variant": variant.name}) for variant in setting.variants)
+    for dtype in setting.dtypes:
+        yield from (
+            ("steps", {"dtype": dtype, "size": size, "topology": topology})
+            for size in sizes[:2]
+            for topology in TOPOLOGIES
+        )
+        yield "truth", {"dtype": dtype, "size": sizes[min(1, len(sizes) - 1)]}
+    yield from (
+        ("profile", {"dtype": variant.dtype, "size": sizes[0], "run": variant.name}) for variant in setting.variants
+    )
+    yield "requests", {"dtype": main, "size": sizes[0]}
 
 
 def _text(size: tuple[int, int]) -> str:

@@ -89,6 +89,7 @@ def _arguments() -> argparse.ArgumentParser:
 
 def _pack(options: argparse.Namespace, scratch: Path) -> int:
     variants: dict[Variant, list[Package]] = {}
+    trees: dict[str, Path] = {}
     for number, text in enumerate(options.variant):
         name, _, place = text.partition("=")
         cache, _, checkout = place.partition("@")
@@ -97,11 +98,13 @@ def _pack(options: argparse.Namespace, scratch: Path) -> int:
         found = _listed(name, Path(cache), Path(checkout or ROOT), options.target, scratch / str(number))
         if twice := {variant.name for variant in variants} & {variant.name for variant in found}:
             raise BadLuggage(f"--variant: expected a name of its own for each, got {', '.join(sorted(twice))} twice")
-        variants |= found
-    if not variants:
-        raise BadLuggage("--pack: expected a --variant NAME=CACHE with it, got none")
+        if checkout:
+            trees[name] = Path(checkout)
+        variants |= {replace(variant, tree=name if checkout else ""): packages for variant, packages in found.items()}
+    if not any(not variant.tree for variant in variants):
+        raise BadLuggage("--pack: expected a --variant NAME=CACHE of this checkout with it, got none")
     wheels = sorted(options.wheels.glob("*.whl")) if options.wheels else []
-    size = pack(options.pack, variants, wheels, ROOT)
+    size = pack(options.pack, variants, wheels, ROOT, trees)
     names = ", ".join(f"{variant.name} ({len(packages)} packages)" for variant, packages in variants.items())
     print(f"{options.pack}: {names}, {len(wheels)} wheels; with the repository {size / 2**20:.1f} MiB")
     return 0
@@ -119,11 +122,12 @@ def _listed(name: str, cache: Path, checkout: Path, target: str, folder: Path) -
 
 
 def _pack_tiny(options: argparse.Namespace, scratch: Path) -> None:
-    """Compiles the tiny models for this CPU, and packs them as for another machine."""
+    """Compiles the tiny models for this CPU and packs them as for another machine, also as another checkout's."""
     cache = Path(options.variant[0].partition("=")[2]) if options.variant else scratch / "cache"
     variants = _listed("tiny", cache, ROOT, "cpu", scratch / "listing")
+    again = {replace(variant, name="again", tree="again"): packages for variant, packages in variants.items()}
     options.carried = scratch / "luggage"
-    pack(options.carried, variants, (), ROOT)
+    pack(options.carried, variants | again, (), ROOT, {"again": ROOT})
 
 
 def _run(options: argparse.Namespace, scratch: Path) -> int:

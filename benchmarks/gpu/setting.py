@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 TOPOLOGIES: Final = ("windowed", "windowed+dilated", "windowed+pooled")  # of a request to SDXL; most steps first
@@ -17,11 +17,13 @@ class Variant:
         name: in records.
         dtype: of the weights: "bfloat16".
         memory_format: of the weights of convolutions: "channels_last" or "contiguous".
+        tree: name of the carried sources that compiled it, and that run it; "" for this checkout's.
     """
 
     name: str
     dtype: str
     memory_format: str
+    tree: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Setting:
         huge: a size for single steps and for the VAE's memory.
         steps: of a request.
         repeats: timed turns of each contestant.
-        variants: those of the first one's dtype are timed in turns against the same eager step.
+        variants: those of one tree and dtype are timed in turns against the same eager step.
         carried: folder of `carried.unpack`.
         caches: folder in which each variant gets its compile cache.
     """
@@ -49,6 +51,15 @@ class Setting:
     variants: tuple[Variant, ...]
     carried: str
     caches: str
+
+    @property
+    def trees(self) -> tuple[str, ...]:
+        """The other sources that variants are of."""
+        return tuple(dict.fromkeys(variant.tree for variant in self.variants if variant.tree))
+
+    def of_tree(self, tree: str) -> Setting:
+        """The same with the variants of one tree: what its process measures."""
+        return replace(self, variants=tuple(variant for variant in self.variants if variant.tree == tree))
 
     @property
     def dtypes(self) -> tuple[str, ...]:

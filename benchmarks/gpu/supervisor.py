@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu import journal
+from benchmarks.gpu.carried import TREES
 from benchmarks.gpu.journal import FAILED, LATE, SKIPPED, Journal, Line
 from benchmarks.gpu.programme import Task
 from benchmarks.gpu.setting import Setting
@@ -38,7 +39,7 @@ class Supervisor:
         setting: of the run.
         journal: takes the lines.
         end: `time.time()` when nothing may run any more.
-        path: folders for the processes to import from, before this project's.
+        path: folders for the processes to import from, before the sources that they run.
         command: how a process is started that is told its work as JSON; None: this package's own.
     """
 
@@ -52,16 +53,14 @@ class Supervisor:
     ) -> None:
         self._setting, self._journal, self._end = setting, journal, end
         self._command = command or (lambda work: [sys.executable, "-m", "benchmarks.gpu.worker", work])
-        before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-        found = [*map(str, path), str(ROOT), *before]
-        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found), "HF_HUB_OFFLINE": "1"}
+        self._path = path
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Runs all of them; each has a line with its end afterwards."""
         aside = [task for task in tasks if task.stage.beside]
         others = [task for task in tasks if not task.stage.beside]
         with ExitStack() as stack:
-            for process, group in groupby(others, lambda task: task.stage.process):
+            for process, group in groupby(others, lambda task: task.process):
                 if aside and aside[0].stage.beside == process:
                     stack.enter_context(self._beside(aside))
                     aside = []
@@ -147,7 +146,7 @@ class Supervisor:
 
     def _log(self, task: Task) -> Path:
         """What the processes of a case print."""
-        return self._journal.path.with_suffix(f".{task.stage.process}.log")
+        return self._journal.path.with_suffix(f".{task.process}.log")
 
     def _last_words(self, process: subprocess.Popen[bytes], task: Task) -> str:
         log = self._log(task)
@@ -158,8 +157,12 @@ class Supervisor:
     @contextmanager
     def _process(self, tasks: Sequence[Task], niceness: int) -> Iterator[subprocess.Popen[bytes]]:
         """A process over cases; it is gone after the block, with all that it started."""
+        tree = tasks[0].tree
+        sources = Path(self._setting.carried, TREES, tree) if tree else ROOT
+        before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+        found = os.pathsep.join([*map(str, self._path), str(sources), *before])
         work: Mapping[str, Any] = {
-            "setting": self._setting.to_json(),
+            "setting": self._setting.of_tree(tree).to_json(),
             "journal": str(self._journal.path),
             "began": self._journal.began,
             "end": self._end,
@@ -169,8 +172,8 @@ class Supervisor:
         with self._log(tasks[0]).open("ab") as log:
             process = subprocess.Popen(
                 self._command(json.dumps(work)),
-                cwd=ROOT,
-                env=self._environment,
+                cwd=sources,
+                env={**os.environ, "PYTHONPATH": found, "HF_HUB_OFFLINE": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

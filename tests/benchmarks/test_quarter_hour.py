@@ -93,6 +93,19 @@ def test_every_stage_is_measured_and_comes_up() -> None:
     assert [case["dtype"] for case in steps] == ["float32"] * 6 + ["float16"]
 
 
+def test_another_checkouts_variants_run_over_its_sources() -> None:
+    idea = Variant("idea", "float32", "channels_last", "idea")
+    ours = setting(HEAD, idea)
+    assert ours.trees == ("idea",) and ours.of_tree("").variants == (HEAD,) and ours.of_tree("idea").variants == (idea,)
+    tasks = programme(ours)
+    processes = list(dict.fromkeys(task.process for task in tasks))
+    assert processes == ["steps", "idea", "second", "native", "rivals"]
+    theirs = [task for task in tasks if task.tree == "idea"]
+    assert {task.stage.name for task in theirs} == {"ceilings", "load", "steps", "truth", "profile", "requests"}
+    assert all(task.case["tree"] == "idea" for task in theirs)
+    assert all("idea" not in task.case.values() for task in tasks if not task.tree)
+
+
 def test_a_full_run_fits_its_minutes() -> None:
     """Were every case as slow as it may be, no single one would take a quarter of what there is."""
     tasks = programme(Setting.from_json({**FULL.to_json(), "variants": [vars(HEAD)]}))
@@ -203,6 +216,17 @@ _WORKER = """
 """
 
 
+_TELLS_WHERE = """
+    import json, os, sys
+    work = json.loads(sys.argv[1])
+    names = [variant["name"] for variant in work["setting"]["variants"]]
+    figures = {"folder": os.getcwd(), "path": os.environ["PYTHONPATH"], "variants": names}
+    [[name, case]] = work["tasks"]
+    with open(work["journal"], "a") as file:
+        print(json.dumps({"at_s": 0.0, "event": "done", "stage": name, "case": case, "figures": figures}), file=file)
+"""
+
+
 @pytest.fixture
 def supervise(book: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Line]]:
     """Runs stages of these names by processes that need no torch; the end of each."""
@@ -264,6 +288,24 @@ def test_cases_of_another_process_get_one(supervise: Callable[..., dict[str, Lin
     assert pids["one"] != pids["two"] == pids["three"]
 
 
+def test_a_case_of_other_sources_runs_in_their_folder(book: Journal, tmp_path: Path) -> None:
+    (tmp_path / "trees" / "idea").mkdir(parents=True)
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(_TELLS_WHERE))
+    ours = setting(HEAD, Variant("idea", "float32", "channels_last", "idea"), carried=str(tmp_path))
+
+    def command(work: str) -> list[str]:
+        return [sys.executable, str(program), work]
+
+    tasks = [Task(stage("own"), {}), Task(stage("other"), {"tree": "idea"}, "idea")]
+    Supervisor(ours, book, time.time() + 60, [tmp_path / "site"], command).run(tasks)
+    own, other = ends(journal.read(book.path))
+    sources = str(tmp_path / "trees" / "idea")
+    assert other.figures["folder"] == sources and other.figures["variants"] == ["idea"]
+    assert other.figures["path"].split(":")[:2] == [str(tmp_path / "site"), sources]
+    assert own.figures["folder"] == str(h.ROOT) and own.figures["variants"] == ["head"]
+
+
 def test_what_runs_beside_has_low_priority_and_is_waited_for(supervise: Callable[..., dict[str, Line]]) -> None:
     found = supervise(
         stage("one"), stage("two", process="second"), stage("slow", process="native", beside="second"),
@@ -304,6 +346,18 @@ def test_what_is_packed_is_unpacked(tmp_path: Path) -> None:
     assert found.files["package.pt2"].read_bytes() == b"other"
     assert (found.key, found.notes) == ("key c", {"serves": {}})
     assert (tmp_path / "there" / "site" / "file").stat().st_size == 1000
+
+
+def test_sources_of_another_checkout_come_along(tmp_path: Path) -> None:
+    root = repository(tmp_path / "root", 10)
+    for name in ("accel_hidiff/module.py", "accel_hidiff/demo/trained_model/weights", "benchmarks/results/old.json"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)  # not committed: as it is is how it was compiled
+    variant = Variant("idea", "float32", "channels_last", "idea")
+    pack(tmp_path / "luggage", {HEAD: [], variant: []}, [], root, {"idea": root})
+    assert unpack(tmp_path / "luggage", tmp_path / "there") == (HEAD, variant)
+    there = tmp_path / "there" / "trees" / "idea"
+    assert [str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()] == ["accel_hidiff/module.py"]
 
 
 def test_too_much_is_refused_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +467,7 @@ def test_the_page_comes_from_the_records_alone(book: Journal) -> None:
     ("words", "told"),
     [
         ([], "expected one of --pack, --carried, --dry-run and --render"),
-        (["--pack", "luggage"], "expected a --variant NAME=CACHE with it"),
+        (["--pack", "luggage"], "expected a --variant NAME=CACHE of this checkout with it"),
         (["--pack", "luggage", "--variant", "a b=c"], "--variant: expected NAME=CACHE, a name of letters"),
         (["--carried", "nowhere", "--out", "out.jsonl"], "expected a folder that --pack wrote"),
     ],
@@ -453,6 +507,7 @@ def test_a_cache_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str], t
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (h.ROOT / ".git").exists(), reason="not a checkout")
 def test_a_dry_run(tmp_path: Path) -> None:
     out = tmp_path / "dry.jsonl"
     command = [sys.executable, "benchmarks/gpu/quarter_hour.py", "--dry-run", "--out", str(out)]
@@ -463,12 +518,14 @@ def test_a_dry_run(tmp_path: Path) -> None:
     skipped = {line.reason for line in lines if line.event == SKIPPED}
     assert set(found) == set(BY_NAME) - {"graphs", "memory"} and len(skipped) == 3
     assert found["load"]["packages"] == found["load"]["same_keys"] == 6 and found["load"]["warm_calls"] > 20
-    steps = [line.figures for line in lines if line.stage == "steps"]
-    assert len(steps) == 6
-    for figures in steps:
-        ours = figures["ways"]["tiny"]
+    steps = [(line.figures, line.case.get("tree", "tiny")) for line in lines if line.stage == "steps"]
+    assert [name for _, name in steps] == ["tiny"] * 6 + ["again"] * 6
+    for figures, name in steps:
+        ours = figures["ways"][name]
         assert ours["relative_l2"] < 1e-3 and ours["max_error"] < 1e-3 and ours["ms"] > 0 and figures["tflop"] > 0
-    assert found["truth"]["tiny"]["relative_l2"] < 1e-3 and found["requests"]["tiny"]["relative_l2"] < 1e-3
+    truths = [line.figures for line in lines if line.stage == "truth"]
+    assert truths[0]["tiny"]["relative_l2"] < 1e-3 and truths[1]["again"]["relative_l2"] < 1e-3
+    assert found["requests"]["again"]["relative_l2"] < 1e-3  # the last request is the other checkout's
     assert found["second"]["compiles"] == 0 and len(found["second"]["first_call_s"]) == 6
     assert found["native"]["max_error"] < 1e-5 and found["native"]["compile_s"] > 1
     page = out.with_suffix(".md").read_text()
