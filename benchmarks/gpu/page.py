@@ -87,7 +87,7 @@ def _head(facts: Mapping[str, Any], lines: Sequence[Line]) -> Iterator[str]:
 
 def _overview(steps: Sequence[Line]) -> Iterator[str]:
     """Milliseconds of a step, a column for each case and a row for each way."""
-    cases = [(line.case["dtype"], line.case["size"], line.case["topology"].removeprefix("windowed+")) for line in steps]
+    cases = [[text.removeprefix("windowed+") for text in line.case.values()] for line in steps]
     yield from ("", "Milliseconds of a step:", "")
     yield from _heads(["", *(" ".join(case) for case in cases)], [False] + [True] * len(cases))
     for way in dict.fromkeys(way for line in steps for way in line.figures.get("ways", {})):
@@ -102,6 +102,7 @@ def _section(name: str, found: Sequence[Line]) -> Iterator[str]:
         for row in rows:
             yield from (f"- {figure}: {_text(value)}" for figure, value in row.items())
         return
+    columns = {"tree": "sources", **columns}
     shown = {figure: heading for figure, heading in columns.items() if any(row.get(figure) is not None for row in rows)}
     numbers = [all(not isinstance(row.get(figure), str) for row in rows) for figure in shown]
     yield from _heads(list(shown.values()), numbers)
