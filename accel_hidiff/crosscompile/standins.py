@@ -197,8 +197,11 @@ def _chooser(target: Target, choices: list[Choice]) -> Callable[[Any], None]:
     """In the place of running kernels to time them: all their configurations are compiled, and `choosing` takes one."""
 
     def choose_configurations(wrapper: Any) -> None:
+        from torch._inductor.codecache import CudaKernelParamCache
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
+        # Code is linked in this cache's order, in which a name that an earlier graph had too would keep its place.
+        CudaKernelParamCache.cache_clear()
         scope: dict[str, Any] = {}
         exec(f"{wrapper.kernel_autotune_defs.getvalue()}\nasync_compile.wait(globals())\n", scope)
         for name, kernel in scope.items():
