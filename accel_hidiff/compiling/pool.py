@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import psutil
@@ -24,6 +27,7 @@ from compile_cache import CompileCache, CompileCacheError
 
 LOG: Final = logging.getLogger("accel_hidiff")
 _TICK: Final = 0.2  # seconds between two looks at a process that works
+_PLAIN: Final = re.compile(r"[\w./+-]+", re.ASCII)  # of paths
 _PATIENCE: Final = 2  # times that a graph is tried whose process died
 _ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
 _SAME_ORDER: Final = {"PYTHONHASHSEED": "0"}  # of sets in Inductor, so that two builds of a graph are the same bytes
@@ -289,6 +293,18 @@ class _Instructions:
 _instructions = _Instructions()
 
 
+@contextmanager
+def work_folder(cache: CompileCache) -> Iterator[Path]:
+    """A folder for compilers' files, gone afterwards: the cache's own; a temporary one where a command could not hold
+    the cache's path, which torch does not quote."""
+    with cache.workspace() as work:
+        if _PLAIN.fullmatch(str(work)):
+            yield work
+            return
+        with tempfile.TemporaryDirectory(prefix="accel_hidiff-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+
+
 class _Process:
     """One compiling process and its files."""
 
@@ -296,7 +312,7 @@ class _Process:
         self._cache = cache
         self._stack = ExitStack()
         try:
-            work = self._stack.enter_context(cache.workspace())
+            work = self._stack.enter_context(work_folder(cache))
             self._child = Child("accel_hidiff.compiling.worker", [str(niceness)], work, _ONE_THREAD | _SAME_ORDER)
         except BaseException:
             self._stack.close()

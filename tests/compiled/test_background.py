@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import accel_hidiff as ah
-from accel_hidiff.compiling.pool import CompilePool
+from accel_hidiff.compiling.pool import CompilePool, work_folder
 from compile_cache import CacheWriteError, CompileCache
 from tests.accel_hidiff.test_variants import ATTENTION, CONVOLUTIONS, add_lora
 from tests.compiled.conftest import STEPS, relative_difference, request
@@ -325,6 +325,8 @@ class TestBadInput:
 
 @pytest.mark.slow
 def test_two_replicas_compile_a_graph_once(make_pipe: Any, own_cache: Path) -> None:
+    """In a cache whose path has a space, which torch does not quote where it calls the compiler."""
+    own_cache = own_cache.rename(own_cache.with_name("a cache"))
     without(own_cache, "decoder", shared=False)
     handles = []
     with CompilePool() as first, CompilePool() as second:
@@ -337,6 +339,13 @@ def test_two_replicas_compile_a_graph_once(make_pipe: Any, own_cache: Path) -> N
     outcomes = [handle.stats.background for handle in handles]
     assert sorted(key for counts in outcomes for key in counts if key in ("compiled", "found")) == ["compiled", "found"]
     assert children() == []
+
+
+def test_compilers_work_in_the_cache_unless_they_could_not_read_its_path(tmp_path: Path) -> None:
+    for name, inside in (("plain-1.0_a", True), ("a cache", False), ("caf\u00e9's", False)):
+        with work_folder(CompileCache(tmp_path / name)) as work:
+            assert work.is_dir() and (tmp_path / name in work.parents) == inside and " " not in str(work)
+        assert not work.exists()
 
 
 class TestPrecompileInProcesses:
