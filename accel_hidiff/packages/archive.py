@@ -70,7 +70,8 @@ def rewrite(path: Path) -> None:
             if name.endswith(_SERIALIZATION_ID):
                 data = b"0" * len(data)
             if name.endswith(".cpp"):
-                data = _PLACE.sub("", _COMMANDS.sub("", _renamed(data.decode(), top, stems))).encode()
+                text = _PLACE.sub("", _COMMANDS.sub("", _renamed(data.decode(), top, stems)))
+                data = f"{text.rstrip()}\n".encode()  # each compilation of a file adds its command, and an empty line
             entry = zipfile.ZipInfo(_renamed(name, top, stems), _EPOCH)
             entry.compress_type = zipfile.ZIP_DEFLATED if name.endswith(".cpp") else zipfile.ZIP_STORED
             entry.external_attr = 0o644 << 16

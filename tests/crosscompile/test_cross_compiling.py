@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.codecache import CudaKernelParamCache
 from torch._inductor.utils import fresh_cache
 
 import accel_hidiff as ah
@@ -174,6 +175,22 @@ class TestTraps:
                 compile_region(RESNET)
         finally:
             aot._factors.cache_clear()
+
+
+def test_what_a_process_compiled_before_does_not_show(tmp_path: Path) -> None:
+    """Code is linked in the order of a dict that all graphs of a process share, where a name keeps its first place."""
+    handle, found = skeleton(tmp_path / "cache"), []
+    graph = graph_of(handle, RESNET)
+    for number in range(2):
+        folder = tmp_path / f"session{number}"
+        folder.mkdir()
+        with Session(TARGET, folder) as session, session.weightless(graph.region.module, graph.device):
+            found.append(aot.AOTBackend(TARGET, session).prepare(graph, CompileCache(folder / "cache")).entry.files)
+        linked = dict(reversed(CudaKernelParamCache.cache.items()))
+        assert len(linked) > 5
+        CudaKernelParamCache.cache.clear()
+        CudaKernelParamCache.cache.update(linked)
+    assert found[0] == found[1]
 
 
 def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ def test_rewriting_is_done_once_and_leaves_no_place(resnet: Stored, tmp_path: Pa
     copy = tmp_path / "copy.pt2"
     copy.write_bytes(resnet.path.read_bytes())
     rewrite(copy)
-    assert copy.read_bytes() == resnet.path.read_bytes()
+    once = copy.read_bytes()
+    rewrite(copy)
+    assert copy.read_bytes() == once
     with zipfile.ZipFile(copy) as archive:
         assert all(entry.date_time == (1980, 1, 1, 0, 0, 0) for entry in archive.infolist())
         text = b"".join(archive.read(name) for name in archive.namelist())
