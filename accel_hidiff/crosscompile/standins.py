@@ -65,6 +65,8 @@ def standing_in(target: Target, folder: Path, choices: list[Choice]) -> Iterator
     properties = device_properties(target)
     build_stub(home / "include" / "cuda.h", folder, os.environ.get("CXX", "g++"))
     paths = {"CUDA_HOME": str(home), "LIBRARY_PATH": _before(folder, os.environ.get("LIBRARY_PATH"))}
+    if (assembler := Path(torch.__file__).parent / "bin" / "ptxas").is_file():
+        paths["TRITON_PTXAS_PATH"] = str(assembler)  # torch sets it too, but after the first kernels, with Triton's own
     with ExitStack() as stack:
 
         def replace(owner: Any, name: str, value: Any) -> None:
@@ -197,11 +199,14 @@ def _chooser(target: Target, choices: list[Choice]) -> Callable[[Any], None]:
     """In the place of running kernels to time them: all their configurations are compiled, and `choosing` takes one."""
 
     def choose_configurations(wrapper: Any) -> None:
+        from torch._inductor.async_compile import CompiledTritonKernels
         from torch._inductor.codecache import CudaKernelParamCache
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-        # Code is linked in this cache's order, in which a name that an earlier graph had too would keep its place.
+        # Nothing of this process's earlier graphs: code is linked in the order of the first cache, where a name keeps its
+        # place; a kernel of the second one gets more configurations each time that it is compiled.
         CudaKernelParamCache.cache_clear()
+        CompiledTritonKernels.cache_clear()
         scope: dict[str, Any] = {}
         exec(f"{wrapper.kernel_autotune_defs.getvalue()}\nasync_compile.wait(globals())\n", scope)
         for name, kernel in scope.items():
