@@ -203,8 +203,8 @@ def _chooser(target: Target, choices: list[Choice]) -> Callable[[Any], None]:
         from torch._inductor.codecache import CudaKernelParamCache
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-        # Nothing of this process's earlier graphs: code is linked in the order of the first cache, where a name keeps its
-        # place; a kernel of the second one gets more configurations each time that it is compiled.
+        # Nothing of this process's earlier graphs: code is linked in the order of the first cache, where a name keeps
+        # its place; a kernel of the second one gets more configurations each time that it is compiled.
         CudaKernelParamCache.cache_clear()
         CompiledTritonKernels.cache_clear()
         scope: dict[str, Any] = {}
