@@ -448,7 +448,7 @@ def command_line() -> str:
         elif equals and name in _PATH_OPTIONS:
             words.append(f"{name}={_shown(name, value)}")
         else:
-            words.append(word)
+            words.append(_shown(before, word) if Path(word).is_absolute() else word)
         before = word
     return " ".join(words)
 

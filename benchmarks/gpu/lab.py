@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import Tensor
 
 import accel_hidiff as ah
 from accel_hidiff.backends.aot import AOTBackend
@@ -56,17 +55,6 @@ class Lab:
     def sizes(self) -> tuple[h.Size, ...]:
         """The setting's."""
         return tuple(h.Size(*size) for size in self.setting.sizes)
-
-    @property
-    def pixels(self) -> list[tuple[int, int]]:
-        """(height, width) of each size, as `Handle` takes them."""
-        return [(size.height, size.width) for size in self.sizes]
-
-    @property
-    def all_pixels(self) -> list[tuple[int, int]]:
-        """The same, with the huge size: packages have to serve all of them."""
-        width, height = self.setting.huge
-        return [*self.pixels, (height, width)]
 
     def _make_unet(self, dtype: str) -> UNet2DConditionModel:
         return make_unet(self.setting.tiny, self.device, getattr(torch, dtype))
@@ -197,11 +185,13 @@ class Served:
         store = CompileCache(Path(lab.setting.caches) / variant.name)
         self.handle = ah.accelerate(self.pipe, hidiffusion=ah.HiDiffusionConfig(), cache=store, on_miss="error")
         start = time.perf_counter()
-        filled = fill(self.handle, lab.all_pixels, packages_of(Path(lab.setting.carried), variant.name))
+        filled = fill(self.handle, lab.setting.all_pixels, packages_of(Path(lab.setting.carried), variant.name))
         filled_s = time.perf_counter() - start
-        if missing := self.handle.missing(self.handle.needed(lab.all_pixels, (h.NUM_STEPS,), batch_sizes=BATCHES)):
+        if missing := self.handle.missing(
+            self.handle.needed(lab.setting.all_pixels, (h.NUM_STEPS,), batch_sizes=BATCHES)
+        ):
             raise h.WrongOutput(f"{variant.name}: expected every package to be carried, {next(iter(missing.values()))}")
-        told = self.handle.load(lab.pixels, h.NUM_STEPS, batch_sizes=BATCHES, warm=True)
+        told = self.handle.load(lab.setting.pixels, h.NUM_STEPS, batch_sizes=BATCHES, warm=True)
         lab.synchronize()
         self.figures: Figures = {
             **filled, "filled_s": h.rounded(filled_s), "load_s": h.rounded(told.load_seconds),
@@ -274,7 +264,14 @@ def packages_in(
     return found, lacking
 
 
-def error_fields(got: Tensor, want: Tensor) -> Figures:
-    """|got - want| / |want|, in the L2 norm."""
-    wanted = want.double()
-    return {"relative_l2": h.rounded(float((got.double() - wanted).norm() / wanted.norm()), 3)}
+def timing_fields(times: Mapping[str, h.Timing]) -> Figures:
+    """Median and spread of each contestant, in milliseconds of wall time."""
+    fields: Figures = {}
+    for name, timing in times.items():
+        fields |= {key: value for key, value in timing.fields(name).items() if "_cpu_" not in key}
+    return fields
+
+
+def ratio(times: Mapping[str, h.Timing], name: str, other: str) -> Figures:
+    """One median over another."""
+    return {f"{name}_over_{other}_ratio": h.rounded(times[name].median / times[other].median, 3)}

@@ -25,7 +25,7 @@ from benchmarks import harness as h
 from benchmarks.gpu.carried import LISTING
 from benchmarks.gpu.lab import BATCHES, packages_in
 from benchmarks.gpu.model import ARCHITECTURE, make_unet, make_vae, pipeline_of
-from benchmarks.gpu.setting import FULL, TINY, Setting, Variant
+from benchmarks.gpu.setting import FULL, TINY, Variant
 from compile_cache import CompileCache, CompileCacheError
 
 _DTYPES: Final = ("bfloat16", "float16", "float32")
@@ -58,7 +58,7 @@ def write(name: str, cache: CompileCache, target: Target | None, folder: Path) -
     found, closest = [], ""
     fewest = sys.maxsize
     for variant, handle in _ways(name, cache, target):
-        packages, lacking = packages_in(cache, handle, _pixels(FULL if target else TINY), target)
+        packages, lacking = packages_in(cache, handle, (FULL if target else TINY).all_pixels, target)
         if not lacking:
             found.append((variant, packages))
         elif len(lacking) < fewest:
@@ -89,7 +89,7 @@ def _ways(name: str, cache: CompileCache, target: Target | None) -> Iterator[tup
         device, dtype = torch.device("cpu"), torch.float32
         pipe = pipeline_of(make_unet(True, device, dtype), make_vae(True, device, dtype))
         handle = ah.accelerate(pipe, **settings)
-        handle.precompile(_pixels(TINY), h.NUM_STEPS, batch_sizes=BATCHES)
+        handle.precompile(TINY.all_pixels, h.NUM_STEPS, batch_sizes=BATCHES)
         yield Variant(name, "float32", "channels_last"), handle
         return
     for dtype_name, memory_format in product(_DTYPES, _FORMATS):
@@ -97,11 +97,6 @@ def _ways(name: str, cache: CompileCache, target: Target | None) -> Iterator[tup
         handle = ah.accelerate(skeleton, target=target, memory_format=memory_format, **settings)
         handle.meant_for = meant_for
         yield Variant(name, dtype_name, memory_format), handle
-
-
-def _pixels(setting: Setting) -> list[tuple[int, int]]:
-    """(height, width) of every size of a run."""
-    return [(height, width) for width, height in (*setting.sizes, setting.huge)]
 
 
 if __name__ == "__main__":

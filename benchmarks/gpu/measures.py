@@ -15,8 +15,8 @@ from accel_hidiff.benching.compilations import compilations, watch
 from accel_hidiff.errors import GraphMiss
 from benchmarks import harness as h
 from benchmarks.gpu.journal import Case, Figures
-from benchmarks.gpu.lab import Lab, Served, error_fields
-from benchmarks.gpu.model import compare, inputs_of, weights_mb
+from benchmarks.gpu.lab import Lab, Served, ratio, timing_fields
+from benchmarks.gpu.model import compare, inputs_of, relative_l2, weights_mb
 from benchmarks.gpu.setting import TOPOLOGIES
 from benchmarks.profiling import profile
 from benchmarks.roofline import Work
@@ -107,7 +107,8 @@ def measure_truth(lab: Lab, case: Case, figures: Figures) -> None:
         matmul.allow_tf32, convolution.allow_tf32 = before
     patches = {EAGER: lab.eager(dtype)} | {name: way.handle.patch for name, way in lab.served_of(dtype).items()}
     for name, patch in patches.items():
-        figures[name] = error_fields(lab.call_of(patch, dtype, size, TOPOLOGIES[0])(), want)
+        got = lab.call_of(patch, dtype, size, TOPOLOGIES[0])()
+        figures[name] = {"relative_l2": h.rounded(relative_l2(got, want), 3)}
 
 
 def measure_profile(lab: Lab, case: Case, figures: Figures) -> None:
@@ -171,6 +172,4 @@ def measure_graph(lab: Lab, case: Case, figures: Figures) -> None:
         figures |= compare("CUDA graph", out.clone(), want)
         figures["bit_equal"] = bool(torch.equal(out, want))
     times = lab.interleave({"step": run, "graph": graph.replay})
-    for name, timing in times.items():
-        figures |= {key: value for key, value in timing.fields(name).items() if "_cpu_" not in key}
-    figures["graph_over_step_ratio"] = h.rounded(times["graph"].median / times["step"].median, 3)
+    figures |= timing_fields(times) | ratio(times, "graph", "step")

@@ -83,6 +83,12 @@ def weights_mb(unet: UNet2DConditionModel) -> float:
     return h.rounded(sum(parameter.nbytes for parameter in unet.parameters()) / 1e6)
 
 
+def relative_l2(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|, in the L2 norm."""
+    wanted = want.double()
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
 def compare(name: str, got: Tensor, want: Tensor) -> dict[str, float]:
     """The two errors of an output, as figures.
 
@@ -90,9 +96,8 @@ def compare(name: str, got: Tensor, want: Tensor) -> dict[str, float]:
         WrongOutput: one of them is not below the limit of its dtype, or not a number.
     """
     limit_l2, limit_max = LIMITS[want.dtype]
-    wanted = want.double()
-    relative_l2 = float((got.double() - wanted).norm() / wanted.norm())
+    apart = relative_l2(got, want)
     largest = h.verify(name, got, want, limit_max)
-    if not relative_l2 < limit_l2:
-        raise h.WrongOutput(f"{name}: expected |diff|/|ref| < {limit_l2:g}, got {relative_l2:.3g}; nothing was timed")
-    return {"relative_l2": h.rounded(relative_l2, 3), "max_error": h.rounded(largest, 3)}
+    if not apart < limit_l2:
+        raise h.WrongOutput(f"{name}: expected |diff|/|ref| < {limit_l2:g}, got {apart:.3g}; nothing was timed")
+    return {"relative_l2": h.rounded(apart, 3), "max_error": h.rounded(largest, 3)}

@@ -14,7 +14,7 @@ from accel_hidiff.binder import BoundCall
 from accel_hidiff.packages.archive import read_archive
 from benchmarks import harness as h
 from benchmarks.gpu.journal import Case, Figures
-from benchmarks.gpu.lab import BATCHES, Lab
+from benchmarks.gpu.lab import BATCHES, Lab, ratio, timing_fields
 from benchmarks.gpu.model import compare
 from compile_cache import CacheKey, CompileCache, Entry
 
@@ -32,7 +32,7 @@ def measure_native(lab: Lab, case: Case, figures: Figures) -> None:
         WrongOutput: they do not give the same.
     """
     handle = lab.served(case["variant"]).handle
-    needed = handle.needed(lab.pixels[:1], (h.NUM_STEPS,), batch_sizes=BATCHES)
+    needed = handle.needed(lab.setting.pixels[:1], (h.NUM_STEPS,), batch_sizes=BATCHES)
     graph, sizes = next(pair for call in needed.calls for pair in call if pair[0].region.kind == case["region"])
     backend = AOTBackend()
     key = graph.key(backend.factors(graph.device))
@@ -51,9 +51,7 @@ def measure_native(lab: Lab, case: Case, figures: Figures) -> None:
         outs = [call(*inputs) for call in calls.values()]
         figures |= compare(graph.region.path, outs[0], outs[1])
         times = lab.interleave({name: lambda call=call: call(*inputs) for name, call in calls.items()})
-    for name, timing in times.items():
-        figures |= {field: value for field, value in timing.fields(name).items() if "_cpu_" not in field}
-    figures["carried_over_native_ratio"] = h.rounded(times["carried"].median / times["native"].median, 3)
+    figures |= timing_fields(times) | ratio(times, "carried", "native")
 
 
 def _bound(backend: AOTBackend, graph: Any, entry: Entry, key: CacheKey, sizes: Any) -> BoundCall:

@@ -6,7 +6,7 @@ import accel_hidiff as ah
 from accel_hidiff.benching.compilations import compilations, watch
 from benchmarks import harness as h
 from benchmarks.gpu.journal import Case, Figures
-from benchmarks.gpu.lab import Lab
+from benchmarks.gpu.lab import Lab, ratio, timing_fields
 from benchmarks.gpu.measures import EAGER
 from benchmarks.gpu.model import compare
 from benchmarks.gpu.setting import TOPOLOGIES
@@ -29,8 +29,6 @@ def measure_repeated(lab: Lab, case: Case, figures: Figures) -> None:
     figures["first_s"] = h.rounded(h.timed(run)[0])
     figures |= compare("repeated", run(), eager())
     times = lab.interleave({EAGER: eager, "repeated": run})
-    for name, timing in times.items():
-        figures |= {key: value for key, value in timing.fields(name).items() if "_cpu_" not in key}
-    figures["repeated_over_eager_ratio"] = h.rounded(times["repeated"].median / times[EAGER].median, 3)
+    figures |= timing_fields(times) | ratio(times, "repeated", EAGER)
     made = compilations()
     figures |= {"dynamo_graphs": made.graphs, "graph_breaks": made.graph_breaks, "gave_up": made.gave_up}

@@ -53,6 +53,16 @@ class Setting:
     caches: str
 
     @property
+    def pixels(self) -> list[tuple[int, int]]:
+        """(height, width) of each size, as `Handle` takes them."""
+        return [(height, width) for width, height in self.sizes]
+
+    @property
+    def all_pixels(self) -> list[tuple[int, int]]:
+        """The same, with the huge size: packages have to serve all of them."""
+        return [*self.pixels, self.huge[::-1]]
+
+    @property
     def trees(self) -> tuple[str, ...]:
         """The other sources that variants are of."""
         return tuple(dict.fromkeys(variant.tree for variant in self.variants if variant.tree))

@@ -48,6 +48,7 @@ def test_a_late_worker_ends_with_what_it_started_and_tells_how_far_it_was(tmp_pa
         (["--python", "hidiffusion=/a/b/python", "--jobs", "2"], "--python hidiffusion=PYTHON --jobs 2"),
         (["--python=hidiffusion=/a/b/python"], "--python=hidiffusion=PYTHON"),
         (["--size", "128x128", "--plot", "/x/y.png"], "--size 128x128 --plot y.png"),
+        (["/a/before", "--repeats", "1"], "DIR --repeats 1"),
     ],
 )
 def test_a_record_names_no_place_on_the_machine(monkeypatch: pytest.MonkeyPatch, words: list[str], told: str) -> None:
