@@ -23,19 +23,19 @@ from accel_hidiff.schedule import LATENT_CELL
 
 # What a decode holds at its peak: images of the widest feature map, and bytes beside them that do not grow with the
 # size. A resnet needs three such images: its input, the normalised one and the activated one; the rest is what
-# convolutions put aside (on a CPU reordered inputs and outputs, for narrower dtypes in float32). CPU: measured
-# (benchmarks/decoding.py). CUDA: an H200 took 30 GB for 4096x4096 in eager bfloat16, 3.5 images.
-_MIB: Final = 1 << 20
-_NEEDS: Final[Mapping[tuple[str, bool, bool], tuple[float, int]]] = {  # device type, narrower than float32, compiled
-    ("cpu", False, False): (4.0, 96 * _MIB),
-    ("cpu", False, True): (2.75, 40 * _MIB),
-    ("cpu", True, False): (5.5, 128 * _MIB),
-    ("cpu", True, True): (5.0, 40 * _MIB),
-    ("cuda", False, False): (4.25, 0),
-    ("cuda", False, True): (4.25, 0),
-    ("cuda", True, False): (4.25, 0),
-    ("cuda", True, True): (4.25, 0),
+# convolutions put aside. CPU: measured (benchmarks/decoding.py); the bytes beside are gaps that glibc's heap keeps
+# between blocks of less than 32 MiB (`man mallopt`, M_MMAP_THRESHOLD). CUDA: an H200 took 30 GB for 4096x4096 in eager
+# bfloat16, 3.5 images.
+_HEAP_GAPS: Final = 160 << 20
+_NEEDS: Final[Mapping[tuple[str, bool], tuple[float, int]]] = {  # device type, compiled
+    ("cpu", False): (4.25, _HEAP_GAPS),
+    ("cpu", True): (3.0, _HEAP_GAPS),
+    ("cuda", False): (4.25, 0),
+    ("cuda", True): (4.25, 0),
 }
+# Where oneDNN has no kernels for a dtype, torch unfolds what a convolution of 3x3 reads: nine images beside its input
+# and its output (measured as well).
+_UNFOLDED: Final = 12.25
 _RESERVE: Final = 0.9  # share of the free memory that a decode may take: allocators round up and fragment
 
 
@@ -50,6 +50,7 @@ class Decode:
         itemsize: bytes of one number.
         device: type of the device, such as "cuda".
         compiled: by a compiled graph.
+        unfolded: convolutions unfold their input (`unfolds`).
     """
 
     height: int
@@ -59,6 +60,7 @@ class Decode:
     itemsize: int
     device: str
     compiled: bool
+    unfolded: bool = False
 
     def peak_bytes(self) -> int:
         """Upper bound of what it takes at once, weights not counted.
@@ -76,7 +78,8 @@ class Decode:
             self.widths[min(level + 1, last)] * (height >> level) * (width >> level) for level in range(last + 1)
         )
         device = self.device if self.device == "cpu" else "cuda"
-        images, beside = _NEEDS[device, self.itemsize < 4, self.compiled]
+        images, beside = _NEEDS[device, self.compiled]
+        images = _UNFOLDED if self.unfolded else images
         return int(images * widest * self.itemsize * self.batch) + beside
 
 
@@ -159,6 +162,20 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     return None
+
+
+def unfolds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's convolutions unfold their input here: on a CPU, in a dtype that oneDNN has no kernels for on it.
+
+    bfloat16 needs AVX-512 (or Arm's), float16 AMX or AVX512_FP16.
+    """
+    if device.type != "cpu":
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return True
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def decode_in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tiles: Tiles) -> Tensor:

@@ -20,7 +20,16 @@ from accel_hidiff.binder import ArtifactFailed, Graphs
 from accel_hidiff.call import UNetCall
 from accel_hidiff.config import DecodeConfig
 from accel_hidiff.control import DOWN
-from accel_hidiff.decoding import Decode, InDtype, Tiles, choose_tiles, decode_in_tiles, free_memory, require_dtype
+from accel_hidiff.decoding import (
+    Decode,
+    InDtype,
+    Tiles,
+    choose_tiles,
+    decode_in_tiles,
+    free_memory,
+    require_dtype,
+    unfolds,
+)
 from accel_hidiff.dispatch import Dispatcher
 from accel_hidiff.facts import call_facts, call_name, hook_of
 from accel_hidiff.families import Layout, Size, feature_sizes
@@ -239,7 +248,8 @@ class ServedDecoder:
             return None
         dtype = self.dtype or dtype
         compiled = self.dispatcher.binder.backend.name != "eager"
-        decode = Decode(height, width, batch, self._widths, dtype.itemsize, device.type, compiled)
+        unfolded = unfolds(device, dtype)
+        decode = Decode(height, width, batch, self._widths, dtype.itemsize, device.type, compiled, unfolded)
         return choose_tiles(self.config, decode, free_memory(device) if self.config.tiles == "auto" else None)
 
     def _forward(self, vae: Any) -> Forward:

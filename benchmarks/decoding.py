@@ -4,27 +4,30 @@
 in [-1, 1], mean and largest, within the overlaps of tiles and elsewhere, beside the mean error of the whole decode
 against the picture itself. The demo VAE has no attention and one group per norm, so that a norm sees all of a tile.
 `dtype`: the same pictures decoded in bfloat16 against float32; the weights of the demo VAE are float16 numbers.
-`memory`: the resident memory that an eager decode of random weights adds in a process of its own, at its peak, and the
-estimate.
+`memory`: the resident memory that a decode of random weights adds in a process of its own, at its peak, and the
+estimate; with `isa`, oneDNN is told to use no more than those instructions. Linux only: its kernel knows the peak, and
+its heap is told to give every block back (`man mallopt`), so that two runs give the same number. The estimate allows
+for a heap that does not.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
-import psutil
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor
 
-from accel_hidiff.decoding import Decode, InDtype, Tiles, decode_in_tiles
+from accel_hidiff.decoding import Decode, InDtype, Tiles, decode_in_tiles, unfolds
 from accel_hidiff.demo import scenes
 from accel_hidiff.demo.trained import trained_model
 from benchmarks import harness as h
@@ -33,7 +36,7 @@ SIZES = (h.Size(512, 512), h.Size(768, 448))
 TILES = (128, 256)
 OVERLAPS = (0, 16, 32, 64, 96, 128)
 MEMORY = (((32, 64, 128, 128), 512), ((32, 64, 128, 128), 1024), ((128, 256, 512, 512), 256))
-_POLL = 0.0005  # seconds between two looks at the memory
+_GIVEN_BACK = 1 << 16  # bytes of a block from which on the heap gives it back at once
 
 
 def picture(seed: int, size: h.Size) -> Tensor:
@@ -118,56 +121,100 @@ def dtypes(report: h.Report, vae: Any, sizes: tuple[h.Size, ...], seeds: int) ->
         report.add(what="dtype", size=str(size), dtype="bfloat16", pictures=seeds, **h.rounded_row(differences))
 
 
-def peak_of(widths: tuple[int, ...], side: int, dtype: torch.dtype, memory_format: torch.memory_format) -> int:
-    """Bytes of resident memory that a decode of side x side pixels adds at its peak, in this process."""
-    kinds = ("UpDecoderBlock2D",) * len(widths)
-    decoder = Decoder(4, 3, kinds, widths, layers_per_block=2, norm_num_groups=32).eval().requires_grad_(False)
-    decoder.to(dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
-    process, done, peak = psutil.Process(), threading.Event(), 0
-    decoder(torch.randn(1, 4, 8, 8, dtype=dtype))
-    cells = side >> len(widths) - 1
-    latents = torch.randn(1, 4, cells, cells, dtype=dtype)
-    before = process.memory_info().rss
+@dataclass(frozen=True)
+class PeakCase:
+    """One decode whose memory is measured, in a process of its own.
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(_POLL)
+    Args:
+        widths: the decoder's `block_out_channels`.
+        side: of the image, in pixels.
+        isa: `ONEDNN_MAX_CPU_ISA`; "": all that the CPU has.
+    """
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    decoder(latents)
-    done.set()
-    watcher.join()
-    return peak - before
+    widths: tuple[int, ...]
+    side: int
+    dtype: torch.dtype
+    memory_format: torch.memory_format = torch.contiguous_format
+    compiled: bool = False
+    isa: str = ""
+
+    @property
+    def cells(self) -> int:
+        """Side of the latents."""
+        return self.side >> len(self.widths) - 1
+
+    def told(self) -> list[str]:
+        """Its fields on the command line of the process that measures it."""
+        names = (str(name).removeprefix("torch.") for name in (self.dtype, self.memory_format))
+        return [",".join(map(str, self.widths)), str(self.side), *names, str(int(self.compiled))]
+
+    @classmethod
+    def of(cls, told: Sequence[str]) -> PeakCase:
+        """The inverse of `told`, but for `isa`, which is in the environment."""
+        widths, side, dtype, memory_format, compiled = told
+        sizes = tuple(map(int, widths.split(",")))
+        return cls(sizes, int(side), getattr(torch, dtype), getattr(torch, memory_format), bool(int(compiled)))
+
+    def measure(self) -> tuple[int, int]:
+        """Bytes: measured, in a process of its own, and estimated for the CPU as that process found it."""
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(_GIVEN_BACK), "ONEDNN_MAX_CPU_ISA": self.isa}
+        command = [sys.executable, "-m", "benchmarks.decoding", "--peak", *self.told()]
+        done = subprocess.run(command, cwd=h.ROOT, env=environment, check=True, capture_output=True, text=True)
+        measured, estimate = map(int, done.stdout.splitlines()[-1].split())
+        return measured, estimate
 
 
-def memory(report: h.Report, cases: tuple[tuple[tuple[int, ...], int], ...]) -> None:
-    """One record for each case, dtype and memory format, each measured in a process of its own."""
-    for widths, side in cases:
+def peak_of(case: PeakCase) -> int:
+    """Bytes of resident memory that a decode adds at its peak, in this process."""
+    kinds = ("UpDecoderBlock2D",) * len(case.widths)
+    decoder = Decoder(4, 3, kinds, case.widths, layers_per_block=2, norm_num_groups=32).eval().requires_grad_(False)
+    decoder.to(dtype=case.dtype, memory_format=case.memory_format)  # type: ignore[call-overload]
+    decode = torch.compile(decoder, dynamic=True) if case.compiled else decoder
+    decode(torch.randn(1, 4, 6, 8, dtype=case.dtype))  # compiled for any size
+    latents = torch.randn(1, 4, case.cells, case.cells, dtype=case.dtype)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (`man proc_pid_clear_refs`)
+    decode(latents)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """Bytes, from what the kernel tells of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def memory(report: h.Report, cases: Iterable[PeakCase]) -> None:
+    """One record for each case."""
+    for case in cases:
+        measured, estimate = case.measure()
+        rounded = h.rounded_row(
+            {"measured_mb": measured / 1e6, "estimate_mb": estimate / 1e6, "estimate_ratio": estimate / measured}
+        )
+        _, _, dtype, memory_format, _ = case.told()
+        report.add(
+            what="memory",
+            widths=case.widths,
+            side=case.side,
+            dtype=dtype,
+            memory_format=memory_format,
+            compiled=case.compiled,
+            isa=case.isa,
+            **rounded,
+        )
+
+
+def memory_cases(tiny: bool) -> Iterator[PeakCase]:
+    """Every dtype and layout at every size; compiled at the smallest; and what a CPU without AVX-512 needs."""
+    for widths, side in MEMORY[:1] if tiny else MEMORY:
         for dtype in (torch.float32, torch.bfloat16):
             for memory_format in (torch.contiguous_format, torch.channels_last):
-                told = [",".join(map(str, widths)), str(side), *(str(x)[6:] for x in (dtype, memory_format))]
-                command = [sys.executable, "-m", "benchmarks.decoding", "--peak", *told]
-                done = subprocess.run(command, cwd=h.ROOT, check=True, capture_output=True, text=True)
-                measured = int(done.stdout)
-                cells = side >> len(widths) - 1
-                estimate = Decode(cells, cells, 1, widths, dtype.itemsize, "cpu", compiled=False).peak_bytes()
-                report.add(
-                    what="memory",
-                    widths=widths,
-                    side=side,
-                    dtype=told[2],
-                    memory_format=told[3],
-                    **h.rounded_row(
-                        {
-                            "measured_mb": measured / 1e6,
-                            "estimate_mb": estimate / 1e6,
-                            "estimate_ratio": estimate / measured,
-                        }
-                    ),
-                )
+                yield PeakCase(widths, side, dtype, memory_format)
+    widths, _ = MEMORY[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        yield PeakCase(widths, 384, dtype, compiled=True)
+    for compiled in (False, True):
+        yield PeakCase(widths, 384, torch.bfloat16, compiled=compiled, isa="AVX2")
 
 
 @torch.no_grad()
@@ -175,9 +222,12 @@ def main() -> None:
     if sys.argv[1:2] == ["--peak"]:
         torch.manual_seed(0)
         torch.set_num_threads(1)
-        widths, side, dtype, memory_format = sys.argv[2:]
-        sizes = tuple(map(int, widths.split(",")))
-        print(peak_of(sizes, int(side), getattr(torch, dtype), getattr(torch, memory_format)))
+        case = PeakCase.of(sys.argv[2:])
+        unfolded = unfolds(torch.device("cpu"), case.dtype)
+        decode = Decode(
+            case.cells, case.cells, 1, case.widths, case.dtype.itemsize, "cpu", case.compiled, unfolded=unfolded
+        )
+        print(peak_of(case), decode.peak_bytes())
         return
     parser = h.arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=16, help="pictures of each size")
@@ -188,7 +238,7 @@ def main() -> None:
     seeds = 1 if options.tiny else options.seeds
     seams(report, vae, sizes, seeds)
     dtypes(report, vae, sizes, seeds)
-    memory(report, MEMORY[:1] if options.tiny else MEMORY)
+    memory(report, memory_cases(options.tiny))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,14 @@ from accel_hidiff.decoding import (
     free_memory,
     lacks_bfloat16,
     tiled_peak_bytes,
+    unfolds,
 )
 from accel_hidiff.deploy import load_deployment
 from accel_hidiff.errors import BadInput
 from accel_hidiff.regions import DecoderRegion, RegionGraph
 from accel_hidiff.regions.base import bucket_of, example_sizes
 from accel_hidiff.served import DECODER
+from benchmarks.decoding import PeakCase
 from tests import models, needs
 
 SDXL = (128, 256, 512, 512)
@@ -165,14 +165,32 @@ def test_free_memory_of_this_machine() -> None:
     assert free_memory(torch.device("meta")) is None
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("widths", ["32,64,128,128", "64,128,256,256"])
-def test_the_estimate_is_an_upper_bound_and_not_far_off(widths: str, dtype: str) -> None:
-    command = [sys.executable, "-m", "benchmarks.decoding", "--peak", widths, "384", dtype, "contiguous_format"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    itemsize = getattr(torch, dtype).itemsize
-    estimate = Decode(48, 48, 1, tuple(map(int, widths.split(","))), itemsize, "cpu", compiled=False).peak_bytes()
-    assert 1 <= estimate / int(done.stdout) <= (1.7 if dtype == "float32" else 2.5)
+@pytest.mark.parametrize(
+    ("dtype", "isa", "widths", "sides"),
+    [
+        ("float32", "", (32, 64, 128, 128), (192, 320)),
+        ("bfloat16", "", (32, 64, 128, 128), (192, 320)),
+        ("bfloat16", "AVX2", (32, 64), (64, 96)),  # slow: every convolution unfolds its input
+    ],
+)
+def test_the_estimate_is_an_upper_bound_and_grows_as_memory_does(
+    dtype: str, isa: str, widths: tuple[int, ...], sides: tuple[int, int]
+) -> None:
+    cases = (PeakCase(widths, side, getattr(torch, dtype), isa=isa) for side in sides)
+    (small, estimate_of_small), (large, estimate_of_large) = (case.measure() for case in cases)
+    assert estimate_of_small >= small and estimate_of_large >= large
+    assert 1 <= (estimate_of_large - estimate_of_small) / (large - small) <= 1.3
+
+
+def test_where_a_convolution_unfolds_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert not unfolds(cpu, torch.float32)
+    assert not unfolds(torch.device("cuda"), torch.bfloat16)
+    for native in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
+        assert unfolds(cpu, torch.bfloat16) != native
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert unfolds(cpu, torch.float32)
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (9, 0)])
