@@ -54,11 +54,11 @@ except metadata.PackageNotFoundError:
     print("found none")
 else:
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    print("ok" if (2, 11) <= release <= (2, 13) else f"found {version}")
+    print("ok" if (2, 11) <= release <= (2, 15) else f"found {version}")
 PYTHON
     )" || fail "--here: $PY does not run; set PYTHON to one that does"
     [ "$found" = ok ] ||
-        fail "--here needs torch 2.11 to 2.13 in the environment of $PY, $found; install it there, or run without --here"
+        fail "--here needs torch 2.11 to 2.15 in the environment of $PY, $found; install it there, or run without --here"
     # Prefer this checkout to no installation, and to an installation from elsewhere.
     if ! (cd / && REPO="$REPO" "$PY" - <<'PYTHON'
 import importlib.util

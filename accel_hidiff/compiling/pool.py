@@ -107,7 +107,8 @@ class CompilePool:
         self.idle = idle
         self.niceness = niceness
         self._tasks: deque[_Task] = deque()
-        self._threads: set[threading.Thread] = set()
+        self._threads: set[threading.Thread] = set()  # all that live: closing waits for them
+        self._takers: set[threading.Thread] = set()  # those of them that take the next job
         self._running: set[_Process] = set()
         self._closed = False
         self._work = threading.Condition()
@@ -133,9 +134,10 @@ class CompilePool:
             if self._closed:
                 raise RuntimeError("expected an open pool, got one that was closed; make another one")
             self._tasks.append(task)
-            if len(self._threads) < self.workers:
+            if len(self._takers) < self.workers:
                 thread = threading.Thread(target=self._run, name="accel_hidiff-compiling", daemon=True)
                 self._threads.add(thread)
+                self._takers.add(thread)
                 thread.start()
             self._work.notify()
 
@@ -206,6 +208,7 @@ class CompilePool:
             self._end(process)
             with self._work:
                 self._threads.discard(threading.current_thread())
+                self._takers.discard(threading.current_thread())
 
     def _next(self) -> _Task | None:
         """The next task; None where the thread may end."""
@@ -214,7 +217,7 @@ class CompilePool:
             while not self._tasks:
                 left = end - time.monotonic()
                 if self._closed or left <= 0:
-                    self._threads.discard(threading.current_thread())  # the next job starts another one
+                    self._takers.discard(threading.current_thread())  # the next job starts another one
                     return None
                 self._work.wait(left)
             return self._tasks.popleft()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import accel_hidiff as ah
-from accel_hidiff.compiling.pool import CompilePool, work_folder
+from accel_hidiff.compiling.pool import CompilePool, _Process, work_folder
 from compile_cache import CacheWriteError, CompileCache
 from tests.accel_hidiff.test_variants import ATTENTION, CONVOLUTIONS, add_lora
 from tests.compiled.conftest import STEPS, relative_difference, request
@@ -339,6 +340,26 @@ def test_two_replicas_compile_a_graph_once(make_pipe: Any, own_cache: Path) -> N
     outcomes = [handle.stats.background for handle in handles]
     assert sorted(key for counts in outcomes for key in counts if key in ("compiled", "found")) == ["compiled", "found"]
     assert children() == []
+
+
+def test_closing_waits_for_a_process_that_was_ending_by_itself(
+    make_pipe: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, ending = _Process.end, threading.Event()
+
+    def slowly(process: _Process) -> None:
+        ending.set()
+        time.sleep(1)
+        end(process)
+
+    monkeypatch.setattr(_Process, "end", slowly)
+    with CompilePool(idle=0) as pool:
+        options = {"cache": CompileCache(without(own_cache, "decoder")), "on_miss": "background", "background": pool}
+        handle = ah.accelerate(make_pipe(), hidiffusion=CONFIG, **options)
+        request(handle.pipe, output_type="np", num_inference_steps=1)
+        assert ending.wait(60)
+        handle.remove()
+    assert pool.pids() == []
 
 
 def test_compilers_work_in_the_cache_unless_they_could_not_read_its_path(tmp_path: Path) -> None:
