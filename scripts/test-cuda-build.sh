@@ -4,7 +4,7 @@
 #   scripts/test-cuda-build.sh [PYTEST ARGUMENTS...]
 #
 # Makes .venv-cuda once, with the CUDA build of torch that the stand-ins are tested with: some 6 GB of disk. The tests
-# take about six minutes of one core.
+# take about seven minutes of one core.
 
 set -euo pipefail
 # shellcheck source=scripts/lib.sh

@@ -158,13 +158,13 @@ def _triton_driver(target: Target) -> types.SimpleNamespace:
 
     def load_binary(name: str, cubin: bytes, *rest: Any) -> tuple[Any, ...]:
         usage = usage_of(cubin)[name]
-        return 1, 1, usage.registers, usage.stack_bytes // 4, 1024  # module, function, ..., threads of a block
+        # Module, function, ..., threads of a block. No module: Triton 3.9 has the driver unload what there is, when the
+        # kernel goes, which is after this stand-in.
+        return None, 1, usage.registers, usage.stack_bytes // 4, 1024
 
     major, minor = target.profile.capability
     return types.SimpleNamespace(
-        utils=types.SimpleNamespace(
-            get_device_properties=lambda device: known, load_binary=load_binary, unload_module=lambda module: None
-        ),
+        utils=types.SimpleNamespace(get_device_properties=lambda device: known, load_binary=load_binary),
         launcher_cls=lambda source, metadata: None,
         get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", 10 * major + minor, _WARP),
         get_current_device=lambda: 0,

@@ -5,6 +5,7 @@ Each silent trap is opened again in one test, and the check refuses what comes o
 
 from __future__ import annotations
 
+import gc
 import queue
 import re
 import subprocess
@@ -101,6 +102,13 @@ class TestSoundPackages:
         kernels: Any = entry.notes["kernels"]
         assert {kernel["kernel"] for kernel in kernels} == set(facts.kernels)
         assert all(kernel["candidates"][kernel["taken"]]["registers"] > 0 for kernel in kernels)
+
+    def test_no_kernel_asks_a_driver_to_unload_it(self, compile_region: Compile) -> None:
+        from triton.compiler.compiler import CompiledKernel
+
+        compile_region(RESNET)
+        kernels = [found for found in gc.get_objects() if isinstance(found, CompiledKernel)]
+        assert kernels and all(kernel.module is None for kernel in kernels)
 
     def test_windowed_attention_is_fused(self, compile_region: Compile) -> None:
         _, facts = compile_region(WINDOWED)
