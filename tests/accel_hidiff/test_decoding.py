@@ -36,7 +36,6 @@ from benchmarks.decoding import PeakCase
 from tests import models, needs
 
 SDXL = (128, 256, 512, 512)
-ROOT = Path(ah.__file__).parents[1]
 GIB = 1 << 30
 
 
