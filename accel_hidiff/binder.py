@@ -26,6 +26,7 @@ LOG = logging.getLogger(__name__)
 
 Graphs = list[tuple[RegionGraph, Sizes]]
 
+_INDEX_LIMIT = 1 << 31  # numbers of a tensor, from which on 32 bits do not hold an index
 _ALIGNMENT = 16  # bytes; compiled code may load this much at once
 
 # What torch raises where an artifact fails. Others come from outside: a timeout that a signal handler raises, say.
@@ -156,7 +157,8 @@ class Binder:
         traits = region.traits(topology, controlled)
         for shapes in dict.fromkeys((self.shapes, "exact")):
             bucket = bucket_of(region, traits, sizes, shapes, self.backend.smallest_symbolic)
-            graph = RegionGraph(region, traits, bucket, example_sizes(bucket, sizes), dtype, device)
+            wide = device.type == "cuda" and region.largest(sizes) >= _INDEX_LIMIT
+            graph = RegionGraph(region, traits, bucket, example_sizes(bucket, sizes), dtype, device, wide)
             entry = self.entry(self.key(graph))
             if entry is None or isinstance(judge_sizes(region.path, served(entry), sizes), Accept):
                 break
@@ -165,7 +167,8 @@ class Binder:
     def key(self, graph: RegionGraph) -> CacheKey:
         """The action key of a graph under this backend; computed once."""
         traits = tuple(sorted(graph.traits.items()))
-        name = graph.region.path, graph.region.structure, traits, graph.bucket, graph.dtype, graph.device.type
+        facts = graph.bucket, graph.dtype, graph.device.type, graph.wide
+        name = graph.region.path, graph.region.structure, traits, *facts
         key = self._keys.get(name)
         if key is None:
             key = self._keys[name] = graph.key(self.backend.factors(graph.device))

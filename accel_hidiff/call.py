@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,6 +18,16 @@ from accel_hidiff.families import Size
 from accel_hidiff.topology import Topology
 
 RegionCall = Callable[..., Any]  # tensors in, a tensor or a tuple of them out
+
+
+class Window(NamedTuple):
+    """The feature map of a windowed transformer, the shift of each of its blocks, (n,) int64, and the tables of the
+    window order."""
+
+    height: int
+    width: int
+    shifts: Tensor
+    tables: Tensor
 
 
 @dataclass(slots=True)
@@ -29,9 +39,11 @@ class UNetCall:
         shifts: (K,) int64, one window shift per windowed block in call order, on the UNet's device.
         shifts_from: the shifts of each windowed transformer, by the number of its first windowed block; what is not in
             it is cut out of `shifts`.
+        tables_from: tables of the window order (`windows.window_tables`) of each windowed transformer, by the number of
+            its first windowed block; what is not in it is looked up for its size.
         first_shift: index of `shifts[0]` among all windowed blocks (not 0 where a region is exported alone).
         regions: compiled region calls by module path; what is not in it runs eager.
-        window: the feature map and its shifts inside of a windowed transformer, None outside.
+        window: what windowed blocks need to know, inside of a windowed transformer; None outside.
         before_pool: feature size before the average pool, None where nothing was pooled.
     """
 
@@ -39,8 +51,9 @@ class UNetCall:
     shifts: Tensor | None = None
     first_shift: int = 0
     shifts_from: Mapping[int, Tensor] = field(default_factory=dict)
+    tables_from: Mapping[int, Tensor] = field(default_factory=dict)
     regions: Mapping[str, RegionCall] = field(default_factory=dict)
-    window: tuple[int, int, Tensor] | None = None
+    window: Window | None = None
     before_pool: Size | None = None
 
     def shifts_of(self, first: int, count: int) -> Tensor | None:

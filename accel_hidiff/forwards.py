@@ -12,9 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel_hidiff.call import CallScope
+from accel_hidiff.call import CallScope, Window
 from accel_hidiff.errors import AccelHiDiffError, BadInput
-from accel_hidiff.windows import windowed_attention
+from accel_hidiff.windows import window_tables, windowed_attention
 
 Forward = Callable[..., Any]
 
@@ -41,9 +41,9 @@ def window_attention(inner: Forward, scope: CallScope, index: int) -> Forward:
             return inner(hidden_states, *args, **kwargs)
         if kwargs.get("attention_mask") is not None:
             raise BadInput("window attention has no use for an attention_mask; call the UNet without one")
-        height, width, shifts = call.window
+        height, width, shifts, tables = call.window
         return windowed_attention(
-            lambda windows: inner(windows, *args, **kwargs), hidden_states, height, width, shifts[index]
+            lambda windows: inner(windows, *args, **kwargs), hidden_states, height, width, shifts[index], tables
         )
 
     return forward
@@ -63,7 +63,10 @@ def window_frame(inner: Forward, scope: CallScope, first: int, count: int) -> Fo
         height, width = hidden_states.shape[-2:]
         shifts = call.shifts_of(first, count)
         assert shifts is not None, "a windowed call has shifts"
-        call.window = (height, width, shifts)
+        tables = call.tables_from.get(first)
+        if tables is None:
+            tables = window_tables(len(hidden_states), height, width, hidden_states.device)
+        call.window = Window(height, width, shifts, tables)
         try:
             return inner(hidden_states, *args, **kwargs)
         finally:

@@ -80,8 +80,8 @@ class ServedUNet:
         patch.runner = self.run
         unet = patch.unet
         if self.whole:
-            blocks = len(patch.windowed_blocks)
-            self.regions = [UNetRegion(UNET, unet, unet.forward, patch.scope, blocks, patch.family)]
+            windowed = {path: len(module.transformer_blocks) for path, module in patch.windowed_transformers}
+            self.regions = [UNetRegion(UNET, unet, unet.forward, patch.scope, windowed, patch.family)]
         else:
             self.regions = install_blocks(self.dispatcher, UNET, unet, patch, undo)
         self.dispatcher.register(UNET, unet, self.regions)
@@ -330,9 +330,10 @@ def install_blocks(dispatcher: Dispatcher, name: str, model: nn.Module, patch: P
     for path, module in find_blocks(model):
         region: Region
         if "resnets" in path:
-            region = ResnetRegion(f"{name}.{path}", module, module.forward)
+            region = ResnetRegion(f"{name}.{path}", module, module.forward, model)
         else:
-            region = TransformerRegion(f"{name}.{path}", module, module.forward, patch.scope, first_block.get(path))
+            first = first_block.get(path)
+            region = TransformerRegion(f"{name}.{path}", module, module.forward, model, patch.scope, first)
         regions.append(region)
         undo.replace(module, "forward", _region_forward(dispatcher, region, patch), f"region {name}.{path}")
     return regions

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 import accel_hidiff
+from accel_hidiff.backends.aot_cuda import options_of, rows_at_once
 from accel_hidiff.backends.aot_package import bound_call, load_package
 from accel_hidiff.backends.aot_program import (
     attention_calls,
@@ -48,13 +49,13 @@ OPTIONS: dict[str, bool | int | str] = {
     "always_keep_tensor_constants": True,  # else those of up to 8 numbers are: a bias of the compiled checkpoint
     "cpp.dynamic_threads": True,  # else the compiling machine's thread count is baked into the code
 }
-CUDA_OPTIONS: Final[dict[str, bool | int | str]] = {
-    "aot_inductor.embed_kernel_binary": True,  # else each kernel is a file, unpacked and read at its first call
-}
 TUNED: Final = "tuned"
 _PACKAGE = "package.pt2"
-_SOURCES: Final = ("backends/aot.py", "backends/aot_program.py")
-_CUDA_SOURCES: Final = tuple(f"crosscompile/{name}.py" for name in ("attention", "choosing", "host", "standins"))
+_SOURCES: Final = ("backends/aot.py", "backends/aot_program.py", "forms.py")
+_CUDA_SOURCES: Final = (
+    "backends/aot_cuda.py",
+    *(f"crosscompile/{name}.py" for name in ("attention", "choosing", "host", "standins")),
+)
 
 
 class AOTBackend:
@@ -107,7 +108,8 @@ class AOTBackend:
         """
         start = time.perf_counter()
         factors = self.factors(graph.device)
-        factors = {**factors, "options": {**factors["options"], **(options or {})}}
+        chosen = options_of(graph) if graph.device.type == "cuda" else {}
+        factors = {**factors, "options": {**factors["options"], **chosen, **(options or {})}}
         session = self._session if graph.device.type == "cuda" else None
         program, inputs = export_region(graph, None if session is None else session.making())
         if session is not None:
@@ -204,7 +206,7 @@ def _factors(device: str, target: Target | None = None) -> Mapping[str, Any]:
     cuda = device == "cuda"
     return {
         "backend": "aot",
-        "options": {**OPTIONS, **(CUDA_OPTIONS if cuda else {})},
+        "options": OPTIONS,
         "environment": environment_factors(device) if target is None else target.factors(),
         "versions": {
             "diffusers": metadata.version("diffusers"),
@@ -219,7 +221,8 @@ def _compile(graph: RegionGraph, program: Any, path: Path, factors: Mapping[str,
 
     host = factors["environment"].get("host")  # of GPU code, which other machines take; CPU code is this machine's own
     try:
-        with torch.no_grad(), compiling_for_host(host) if host else nullcontext():
+        own = rows_at_once() if graph.device.type == "cuda" else nullcontext()
+        with torch.no_grad(), own, compiling_for_host(host) if host else nullcontext():
             options = {"package_path": str(path), "inductor_configs": dict(factors["options"])}
             quietly(torch._inductor.aoti_compile_and_package, program, **options)
     except Exception as problem:

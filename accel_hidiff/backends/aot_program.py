@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from accel_hidiff.errors import CompileFailed
-from accel_hidiff.regions import RegionGraph
+from accel_hidiff.forms import end_detours, forms_of
+from accel_hidiff.regions import RegionGraph, Share
 from compile_cache import Range, ShapeBucket
 
 
@@ -37,15 +38,15 @@ def export_region(
         if not size.is_exact
     }
 
-    def symbol(name: str) -> Any:
-        multiple = graph.bucket.dims[name].multiple
-        return dims[name] if multiple == 1 else multiple * dims[name]
+    def symbol(share: Share) -> Any:
+        multiple = graph.bucket.dims[share.name].multiple // share.divisor
+        return dims[share.name] if multiple == 1 else multiple * dims[share.name]
 
-    named = graph.region.axes(graph.traits)
-    axes = [{axis: symbol(name) for axis, name in axes.items() if name in dims} for axes in named]
+    named = [{axis: _as_share(size) for axis, size in axes.items()} for axes in graph.region.axes(graph.traits)]
+    axes = [{axis: symbol(share) for axis, share in axes.items() if share.name in dims} for axes in named]
     shapes = (tuple(axes[: len(example)]) + ({},) * (len(example) - len(axes)),) if dims else None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), forms_of(graph.device, graph.region.memory_format):
             module = graph.region.graph_module(graph.traits)
             program = quietly(torch.export.export, module, example, dynamic_shapes=shapes, strict=False)
     except Exception as problem:
@@ -53,12 +54,17 @@ def export_region(
             f"{graph.region.path}: cannot be exported with {graph.bucket}: {type(problem).__name__}: "
             f"{str(problem).strip().splitlines()[0]}; backend='inductor' compiles regions without export"
         ) from problem
+    end_detours(program)
     if program.constants:
         raise CompileFailed(
             f"{graph.region.path}: expected weights and inputs only, its graph also holds the tensor constant "
             f"{next(iter(program.constants))}; use backend='inductor' for this model"
         )
     return program, [[list(tensor.shape), str(tensor.dtype), list(tensor.stride())] for tensor in example]
+
+
+def _as_share(size: str | Share) -> Share:
+    return size if isinstance(size, Share) else Share(size, 1)
 
 
 def served_bucket(graph: RegionGraph, program: torch.export.ExportedProgram) -> ShapeBucket:
@@ -71,6 +77,8 @@ def served_bucket(graph: RegionGraph, program: torch.export.ExportedProgram) -> 
     dims = dict(graph.bucket.dims)
     for tensor, axes in zip(inputs, graph.region.axes(graph.traits), strict=False):
         for axis, name in axes.items():
+            if isinstance(name, Share):
+                continue  # what constrains it constrains the dimension that it is a share of
             size = tensor.shape[axis]
             if isinstance(size, int):
                 if dims[name].reject(size) is not None or not dims[name].is_exact:

@@ -118,7 +118,7 @@ class CompileJob:
     Attributes:
         digest: of the graph's key, which the worker has to find again.
         path: of the region.
-        traits, bucket, example_sizes, dtype, device: as in `RegionGraph`.
+        traits, bucket, example_sizes, dtype, device, wide: as in `RegionGraph`.
     """
 
     digest: str
@@ -128,19 +128,19 @@ class CompileJob:
     example_sizes: Mapping[str, int]
     dtype: str
     device: str
+    wide: bool = False
 
     @classmethod
     def of(cls, graph: RegionGraph, digest: str) -> CompileJob:
         """The job that compiles a graph."""
         dtype, device = str(graph.dtype).removeprefix("torch."), str(graph.device)
-        return cls(
-            digest, graph.region.path, dict(graph.traits), graph.bucket, dict(graph.example_sizes), dtype, device
-        )
+        sizes = dict(graph.example_sizes)
+        return cls(digest, graph.region.path, dict(graph.traits), graph.bucket, sizes, dtype, device, graph.wide)
 
     def graph(self, region: Region) -> RegionGraph:
         """The graph again, of the region in this process."""
         dtype, device = getattr(torch, self.dtype), torch.device(self.device)
-        return RegionGraph(region, self.traits, self.bucket, self.example_sizes, dtype, device)
+        return RegionGraph(region, self.traits, self.bucket, self.example_sizes, dtype, device, self.wide)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from accel_hidiff.regions.base import (
     Region,
     RegionGraph,
+    Share,
     Sizes,
     bucket_of,
     example_sizes,
@@ -19,6 +20,7 @@ __all__ = [
     "Region",
     "RegionGraph",
     "ResnetRegion",
+    "Share",
     "Sizes",
     "TransformerRegion",
     "UNetRegion",

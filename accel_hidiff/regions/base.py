@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,18 @@ from compile_cache import CacheKey, Range, ShapeBucket
 
 Forward = Callable[..., Any]
 Sizes = Mapping[str, int]
-Axes = tuple[dict[int, str], ...]
 
-# Symbolic ranges. 512 latent cells are 4096 pixels; up to batch 8 every tensor index still fits 32 bits there, which
-# keeps the generated index arithmetic cheap.
+
+class Share(NamedTuple):
+    """A dimension's size divided by a number: of a feature map, where the dimension is that of the latents."""
+
+    name: str
+    divisor: int
+
+
+Axes = tuple[Mapping[int, str | Share], ...]
+
+# Symbolic ranges; 512 latent cells are 4096 pixels.
 SIDE = Range(2, 512)
 EVEN_SIDE = Range(2, 512, 2)
 LATENT_SIDE = Range(16, 512, 8)
@@ -36,14 +44,16 @@ class Region:
         path: unique name, a module path below the pipeline ("unet.mid_block.resnets.0").
         module: holds the weights.
         inner: the eager forward that a compiled call replaces, window patches included.
+        model: what the module is a part of; None: it stands alone.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, path: str, module: nn.Module, inner: Forward) -> None:
+    def __init__(self, path: str, module: nn.Module, inner: Forward, model: nn.Module | None = None) -> None:
         self.path = path
         self.module: Any = module
         self.inner = inner
+        self._model = module if model is None else model
         self.scope: CallScope | None = None  # where the region's forwards look for their call, if they do
         self.own_forwards: frozenset[int] = frozenset()
 
@@ -54,8 +64,9 @@ class Region:
 
     @cached_property
     def memory_format(self) -> torch.memory_format:
-        """How the region's images lie in memory: as its convolution weights do."""
-        return memory_format_of(self.module)
+        """How the region's images lie in memory: as the convolution weights of its model do, so that none is laid out
+        anew between two regions."""
+        return memory_format_of(self._model)
 
     @property
     def channels(self) -> int:
@@ -83,7 +94,7 @@ class Region:
         return {}
 
     def axes(self, traits: Mapping[str, Any]) -> Axes:
-        """For each input tensor: axis -> dimension name. Inputs past the end have none."""
+        """For each input tensor: axis -> dimension name, or a share of one. Inputs past the end have none."""
         raise NotImplementedError
 
     def sizes(self, features: Mapping[str, Size], batch: int, tokens: int) -> dict[str, int]:
@@ -94,6 +105,15 @@ class Region:
     def ranges(self, traits: Mapping[str, Any]) -> dict[str, Range]:
         """The widest symbolic range of each dimension; a dimension that is not listed is always exact."""
         return {"batch": BATCH, "height": SIDE, "width": SIDE}
+
+    def largest(self, sizes: Sizes) -> int:
+        """Numbers in the largest tensor of a call, or more."""
+        return sizes["batch"] * sizes["height"] * sizes["width"] * self.width
+
+    @property
+    def width(self) -> int:
+        """Numbers that the largest tensor of a call has for each cell of the input image, or more."""
+        return self.channels
 
     def example(
         self, traits: Mapping[str, Any], sizes: Sizes, dtype: torch.dtype, device: torch.device
@@ -123,6 +143,17 @@ class GraphModule(nn.Module):
         return self._function(*tensors)
 
 
+class ImageGraphModule(GraphModule):
+    """Also: gives the image that the function gives in a memory format."""
+
+    def __init__(self, module: nn.Module, function: Forward, memory_format: torch.memory_format) -> None:
+        super().__init__(module, function)
+        self._memory_format = memory_format
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self._function(*tensors).contiguous(memory_format=self._memory_format)
+
+
 def memory_format_of(module: nn.Module) -> torch.memory_format:
     """channels_last if the module's first real convolution is, else contiguous."""
     for weight in module.parameters():
@@ -134,7 +165,11 @@ def memory_format_of(module: nn.Module) -> torch.memory_format:
 
 @dataclass(frozen=True)
 class RegionGraph:
-    """One static or symbolic graph of one region: what a backend compiles, and what an artifact is keyed by."""
+    """One static or symbolic graph of one region: what a backend compiles, and what an artifact is keyed by.
+
+    Attributes:
+        wide: on a GPU, indices are worked out in 64 bits: for calls that hold tensors of 2^31 numbers or more.
+    """
 
     region: Region
     traits: Mapping[str, Any]
@@ -142,6 +177,7 @@ class RegionGraph:
     example_sizes: Mapping[str, int]
     dtype: torch.dtype
     device: torch.device
+    wide: bool = False
 
     def key(self, backend_factors: Mapping[str, Any]) -> CacheKey:
         """The action key: everything that the artifact depends on, from cheap facts, without tracing.
@@ -158,6 +194,7 @@ class RegionGraph:
                 "dtype": str(self.dtype),
                 "device": self.device.type,  # code names no index: a package runs on the device that it is loaded for
                 "memory_format": str(self.region.memory_format),
+                **({"index_bits": 64} if self.wide else {}),
                 **backend_factors,
             }
         )

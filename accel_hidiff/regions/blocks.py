@@ -16,8 +16,20 @@ from torch import Tensor, nn
 
 from accel_hidiff.call import CallScope, RegionCall, UNetCall
 from accel_hidiff.families import Size
-from accel_hidiff.regions.base import BATCH, EVEN_SIDE, SIDE, TOKENS, Axes, Forward, GraphModule, Region, Sizes
+from accel_hidiff.regions.base import (
+    BATCH,
+    EVEN_SIDE,
+    SIDE,
+    TOKENS,
+    Axes,
+    Forward,
+    GraphModule,
+    ImageGraphModule,
+    Region,
+    Sizes,
+)
 from accel_hidiff.topology import Topology
+from accel_hidiff.windows import make_window_tables, window_tables
 from compile_cache import Range
 
 
@@ -25,6 +37,10 @@ class ResnetRegion(Region):
     """`ResnetBlock2D`: (B, C, h, w), (B, T) -> (B, C', h, w)."""
 
     kind = "resnet"
+
+    @property
+    def width(self) -> int:
+        return max(self.channels, int(self.module.out_channels))
 
     def axes(self, traits: Mapping[str, Any]) -> Axes:
         return ({0: "batch", 2: "height", 3: "width"}, {0: "batch"})
@@ -37,7 +53,7 @@ class ResnetRegion(Region):
         return image, torch.randn(sizes["batch"], embedding, dtype=dtype, device=device)
 
     def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
-        return GraphModule(self.module, self.inner)
+        return ImageGraphModule(self.module, self.inner, self.memory_format)
 
     def forward_with(self, compiled: RegionCall, call: UNetCall | None, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 2 or kwargs or args[1] is None:
@@ -46,23 +62,35 @@ class ResnetRegion(Region):
 
 
 class TransformerRegion(Region):
-    """`Transformer2DModel`: (B, C, h, w), (B, L, D) -> (B, C, h, w); windowed with (n,) int64 shifts as third input."""
+    """`Transformer2DModel`: (B, C, h, w), (B, L, D) -> (B, C, h, w); windowed with (n,) int64 shifts and the
+    (8, B, h, w) int32 tables of the window order (h and w rounded up to even ones) as third and fourth input."""
 
     kind = "transformer"
 
     def __init__(
-        self, path: str, module: nn.Module, inner: Forward, scope: CallScope, window_index: int | None
+        self,
+        path: str,
+        module: nn.Module,
+        inner: Forward,
+        model: nn.Module,
+        scope: CallScope,
+        window_index: int | None,
     ) -> None:
-        super().__init__(path, module, inner)
+        super().__init__(path, module, inner, model)
         self.scope = scope
         self._window_index = window_index  # number of its first windowed block among all, None: never windowed
         self._blocks = len(self.module.transformer_blocks)
+
+    @property
+    def width(self) -> int:
+        return max(linear.out_features for linear in self.module.modules() if isinstance(linear, nn.Linear))
 
     def traits(self, topology: Topology, controlled: bool = False) -> dict[str, Any]:
         return {"windowed": topology.windowed and self._window_index is not None}
 
     def axes(self, traits: Mapping[str, Any]) -> Axes:
-        return ({0: "batch", 2: "height", 3: "width"}, {0: "batch", 1: "tokens"})
+        common: Axes = ({0: "batch", 2: "height", 3: "width"}, {0: "batch", 1: "tokens"})
+        return (*common, {}, {1: "batch", 2: "height", 3: "width"}) if traits["windowed"] else common
 
     def sizes(self, features: Mapping[str, Size], batch: int, tokens: int) -> dict[str, int]:
         return {**super().sizes(features, batch, tokens), "tokens": tokens}
@@ -77,19 +105,23 @@ class TransformerRegion(Region):
         image = self.image(sizes, dtype, device)
         channels = self.module.transformer_blocks[0].attn2.to_k.in_features
         text = torch.randn(sizes["batch"], sizes["tokens"], channels, dtype=dtype, device=device)
-        return (image, text, torch.arange(self._blocks, device=device) % 4) if traits["windowed"] else (image, text)
+        if not traits["windowed"]:
+            return image, text
+        tables = make_window_tables(sizes["batch"], sizes["height"], sizes["width"], device)
+        return image, text, torch.arange(self._blocks, device=device) % 4, tables
 
     def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
         topology, scope = Topology(windowed=traits["windowed"]), self.scope
         first = self._window_index or 0
         assert scope is not None
 
-        def function(image: Tensor, text: Tensor, shifts: Tensor | None = None) -> Tensor:
-            with scope.opened(UNetCall(topology, shifts, first_shift=first)):
+        def function(image: Tensor, text: Tensor, shifts: Tensor | None = None, tables: Tensor | None = None) -> Tensor:
+            tables_from = {} if tables is None else {first: tables}
+            with scope.opened(UNetCall(topology, shifts, first_shift=first, tables_from=tables_from)):
                 out: Tensor = self.inner(image, encoder_hidden_states=text, return_dict=False)[0]
             return out
 
-        return GraphModule(self.module, function)
+        return ImageGraphModule(self.module, function, self.memory_format)
 
     def forward_with(self, compiled: RegionCall, call: UNetCall | None, *args: Any, **kwargs: Any) -> Any:
         text = kwargs.pop("encoder_hidden_states", None)
@@ -98,7 +130,9 @@ class TransformerRegion(Region):
             return self.inner(*args, encoder_hidden_states=text, return_dict=not as_tuple, **kwargs)
         if self._window_index is None or call is None or call.shifts is None:
             return (compiled(args[0], text),)
-        return (compiled(args[0], text, call.shifts_of(self._window_index, self._blocks)),)
+        image, shifts = args[0], call.shifts_of(self._window_index, self._blocks)
+        batch, _, height, width = image.shape
+        return (compiled(image, text, shifts, window_tables(batch, height, width, image.device)),)
 
 
 class DecoderRegion(Region):
@@ -112,6 +146,12 @@ class DecoderRegion(Region):
     @property
     def channels(self) -> int:
         return int(self.module.conv_in.in_channels)
+
+    @property
+    def width(self) -> int:
+        # Each block but the last one ends with an upsampler: its output has the block's channels at twice the side.
+        widths = [int(block.resnets[-1].out_channels) for block in self.module.up_blocks]
+        return max(width << 2 * min(level + 1, len(widths) - 1) for level, width in enumerate(widths))
 
     def example(
         self, traits: Mapping[str, Any], sizes: Sizes, dtype: torch.dtype, device: torch.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from accel_hidiff.call import CallScope, RegionCall, UNetCall
 from accel_hidiff.control import DOWN, MID
-from accel_hidiff.families import Family, Layout, Size, skip_sizes
-from accel_hidiff.regions.base import BATCH, LATENT_SIDE, Axes, Forward, GraphModule, Region, Sizes
+from accel_hidiff.families import Family, Layout, Size, feature_sizes, skip_sizes
+from accel_hidiff.regions.base import BATCH, LATENT_SIDE, Axes, Forward, GraphModule, Region, Share, Sizes
 from accel_hidiff.schedule import LATENT_CELL
 from accel_hidiff.topology import Topology
+from accel_hidiff.windows import make_window_tables, window_tables
 from compile_cache import Range
 
 _TIME_IDS = 6  # original size, crop, target size (SDXL, arXiv 2307.01952, section 2.2)
@@ -28,6 +30,11 @@ class _Whole(Region):
     @property
     def channels(self) -> int:
         return int(self.module.config.in_channels)
+
+    @property
+    def width(self) -> int:
+        # A gated activation has eight times the channels of its level, and each level a quarter of the cells.
+        return 8 * int(self.module.config.block_out_channels[0])
 
     @property
     def _added(self) -> bool:
@@ -67,17 +74,23 @@ class _Whole(Region):
 
 class UNetRegion(_Whole):
     """The whole UNet in one topology: (B, C, h, w) sample, 0-d float32 timestep, (B, L, D) text[, (B, T) text_embeds,
-    (B, 6) time_ids][, ControlNet residuals at the sizes of the skips and of the mid block][, (K,) int64 shifts] ->
-    (B, 4, h, w)."""
+    (B, 6) time_ids][, ControlNet residuals at the sizes of the skips and of the mid block][, (K,) int64 shifts, the
+    tables of the window order of each windowed transformer] -> (B, 4, h, w)."""
 
     kind = "unet"
 
     def __init__(
-        self, path: str, module: UNet2DConditionModel, inner: Forward, scope: CallScope, shifts: int, family: Family
+        self,
+        path: str,
+        module: UNet2DConditionModel,
+        inner: Forward,
+        scope: CallScope,
+        windowed: Mapping[str, int],
+        family: Family,
     ) -> None:
         super().__init__(path, module, inner)
         self.scope = scope
-        self._shifts = shifts
+        self._windowed = windowed
         self._family = family
         self._layout = Layout.from_config(module.config)
 
@@ -85,7 +98,20 @@ class UNetRegion(_Whole):
         return {"topology": str(topology), "controlled": controlled}
 
     def axes(self, traits: Mapping[str, Any]) -> Axes:
-        return self._common_axes()
+        topology = Topology.parse(traits["topology"])
+        if traits["controlled"] or not topology.windowed:
+            return self._common_axes()
+        side = 2 * LATENT_SIDE.multiple
+        tables: Axes = tuple(
+            {1: "batch", 2: Share("height", side // height), 3: Share("width", side // width)}
+            for height, width in self._window_sizes(side, side, topology)
+        )
+        return (*self._common_axes(), {}, *tables)
+
+    def _window_sizes(self, height: int, width: int, topology: Topology) -> list[Size]:
+        """The feature sizes of the windowed transformers in a call of a latent size."""
+        features = feature_sizes(self._layout, self._family, height, width, topology)
+        return [features[path] for path in self._windowed]
 
     def ranges(self, traits: Mapping[str, Any]) -> dict[str, Range]:
         # Skips have sizes of their own, halved and rounded up: with residuals every size is exact.
@@ -101,8 +127,15 @@ class UNetRegion(_Whole):
             for channels, (height, width) in zip(self._skip_channels(), [*skips, skips[-1]], strict=True):
                 inputs.append(torch.randn(sizes["batch"], channels, height, width, dtype=dtype, device=device))
         if topology.windowed:
-            inputs.append(torch.arange(self._shifts, device=device) % 4)
+            inputs.append(torch.arange(sum(self._windowed.values()), device=device) % 4)
+            found = self._window_sizes(sizes["height"], sizes["width"], topology)
+            inputs += [make_window_tables(sizes["batch"], *size, device) for size in found]
         return tuple(inputs)
+
+    @property
+    def _firsts(self) -> list[int]:
+        """The number of each windowed transformer's first windowed block."""
+        return [0, *accumulate(self._windowed.values())][:-1]
 
     def _skip_channels(self) -> list[int]:
         """Channels of every skip connection, then of the mid block."""
@@ -120,10 +153,14 @@ class UNetRegion(_Whole):
         def function(sample: Tensor, timestep: Tensor, text: Tensor, *others: Tensor) -> Tensor:
             rest = list(others)
             kwargs = self._take_added(rest)
-            shifts = rest.pop() if topology.windowed else None
+            shifts: Tensor | None = None
+            tables: dict[int, Tensor] = {}
+            if topology.windowed:
+                rest, (shifts, *ordered) = rest[: -1 - len(self._windowed)], rest[-1 - len(self._windowed) :]
+                tables = dict(zip(self._firsts, ordered, strict=True))
             if traits["controlled"]:
                 kwargs |= {DOWN: tuple(rest[:-1]), MID: rest[-1]}
-            with scope.opened(UNetCall(topology, shifts)):
+            with scope.opened(UNetCall(topology, shifts, tables_from=tables)):
                 out: Tensor = self.inner(sample, timestep, text, return_dict=False, **kwargs)[0]
             return out
 
@@ -136,6 +173,9 @@ class UNetRegion(_Whole):
             inputs += [*kwargs[DOWN], kwargs[MID]]
         if call is not None and call.shifts is not None:
             inputs.append(call.shifts)
+            height, width = sample.shape[-2:]
+            found = self._window_sizes(height, width, call.topology)
+            inputs += [window_tables(len(sample), *size, sample.device) for size in found]
         return compiled(*inputs)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from accel_hidiff.windows import window_indices, windowed_attention
+from accel_hidiff.windows import Attention, window_indices, window_tables, windowed_attention
 
 even = st.integers(1, 40).map(lambda half: 2 * half)
 shifts = st.integers(0, 3)
@@ -40,7 +42,7 @@ def put_back(windows: Tensor, height: int, width: int, shift: int) -> Tensor:
 @given(even, even, shifts)
 def test_gather_is_roll_and_reshape(height: int, width: int, shift: int) -> None:
     tokens = torch.arange(height * width)
-    gather, _ = window_indices(height, width, torch.tensor(shift))
+    gather, _ = window_indices(height, width, shift)
     assert torch.equal(tokens[gather], cut(tokens.view(1, height, width, 1), shift).flatten())
 
 
@@ -48,7 +50,7 @@ def test_gather_is_roll_and_reshape(height: int, width: int, shift: int) -> None
 @given(even, even, shifts)
 def test_scatter_undoes_gather(height: int, width: int, shift: int) -> None:
     tokens = torch.arange(height * width)
-    gather, scatter = window_indices(height, width, torch.tensor(shift))
+    gather, scatter = window_indices(height, width, shift)
     assert torch.equal(tokens[gather][scatter], tokens)
     assert torch.equal(gather.sort().values, tokens), "every token is in one window"
 
@@ -56,21 +58,47 @@ def test_scatter_undoes_gather(height: int, width: int, shift: int) -> None:
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 64), (6, 40), (6, 8)])
 @pytest.mark.parametrize("shift", [0, 1, 2, 3])
 def test_windows_lower_than_4_never_roll(height: int, width: int, shift: int) -> None:
-    still = window_indices(height, width, torch.tensor(0))
-    moved = window_indices(height, width, torch.tensor(shift))
+    still = window_indices(height, width, 0)
+    moved = window_indices(height, width, shift)
     assert all(torch.equal(a, b) for a, b in zip(still, moved, strict=True))
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 4), (8, 8), (16, 24)])
 def test_higher_windows_roll_at_every_shift(height: int, width: int) -> None:
-    indices = {tuple(window_indices(height, width, torch.tensor(shift))[0].tolist()) for shift in range(4)}
+    indices = {tuple(window_indices(height, width, shift)[0].tolist()) for shift in range(4)}
     assert len(indices) == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 41), st.integers(1, 41))
+def test_tables_hold_the_orders_of_all_shifts_of_the_next_even_size(batch: int, height: int, width: int) -> None:
+    tables = window_tables(batch, height, width, torch.device("cpu"))
+    even = height + height % 2, width + width % 2
+    assert tables.shape == (8, batch, *even) and tables.dtype == torch.int32
+    for shift, image in product(range(4), range(batch)):
+        first = image * even[0] * even[1]
+        gather, scatter = window_indices(*even, shift)
+        assert torch.equal(tables[shift, image].flatten().long(), first + gather)
+        assert torch.equal(tables[4 + shift, image].flatten().long(), first + scatter)
+
+
+def test_a_size_has_one_table() -> None:
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        first = window_tables(2, 6, 8, cpu)
+    assert window_tables(2, 6, 8, cpu) is first
+    assert not first.is_inference(), "a graph that is traced later takes it"
 
 
 def mean_of_window(windows: Tensor) -> Tensor:
     """An attention that mixes all tokens of a window, unevenly, and nothing else."""
     weights = torch.linspace(1, 2, windows.shape[1], dtype=windows.dtype)[:, None]
     return windows + (windows * weights).mean(dim=1, keepdim=True)
+
+
+def attended(attention: Attention, tokens: Tensor, height: int, width: int, shift: int) -> Tensor:
+    tables = window_tables(len(tokens), height, width, torch.device("cpu"))
+    return windowed_attention(attention, tokens, height, width, torch.tensor(shift), tables)
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,14 +116,14 @@ def test_windowed_attention_is_resize_roll_attend_and_back(height: int, width: i
     if odd:
         expected = F.interpolate(expected, size=(height, width), mode="bicubic", align_corners=False)
     expected = expected.permute(0, 2, 3, 1).reshape(batch, height * width, 3)
-    got = windowed_attention(mean_of_window, tokens, height, width, torch.tensor(shift))
+    got = attended(mean_of_window, tokens, height, width, shift)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_leaks_from_one_window_or_image_to_another() -> None:
     tokens = torch.zeros(2, 16 * 8, 1)
     tokens[0, 0] = 1.0
-    out = windowed_attention(mean_of_window, tokens, 16, 8, torch.tensor(0)).view(2, 16, 8)
+    out = attended(mean_of_window, tokens, 16, 8, 0).view(2, 16, 8)
     assert (out[0, :8, :4] != 0).all()
     assert (out[0, 8:] == 0).all() and (out[0, :, 4:] == 0).all() and (out[1] == 0).all()
 
@@ -104,6 +132,6 @@ def test_nothing_leaks_from_one_window_or_image_to_another() -> None:
 @pytest.mark.parametrize("size", [(16, 24), (9, 11)])
 def test_shape_and_dtype_are_kept(dtype: torch.dtype, size: tuple[int, int]) -> None:
     tokens = torch.ones(1, size[0] * size[1], 4, dtype=dtype)
-    out = windowed_attention(lambda windows: windows, tokens, *size, torch.tensor(2))
+    out = attended(lambda windows: windows, tokens, *size, 2)
     assert out.shape == tokens.shape and out.dtype == dtype
     torch.testing.assert_close(out, tokens, rtol=1e-2, atol=1e-2)
