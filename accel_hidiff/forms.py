@@ -13,19 +13,20 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 
 
 def group_norm(
     image: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """`torch.nn.functional.group_norm` of (B, C, h, w) images in channels_last, whose result is so, too.
+    """`torch.nn.functional.group_norm` of a (B, C, ...) image whose channels lie beside each other, as the result's do.
 
     Mean and variance of each channel come first, in one pass along memory, then those of a group of channels of equal
     counts: its variance is the mean of theirs plus the variance of their means. In float32, as torch's own.
     """
-    batch, channels, height, width = image.shape
-    tokens = image.permute(0, 2, 3, 1).reshape(batch, height * width, channels).float()
+    batch, channels = image.shape[:2]
+    tokens = image.flatten(2).transpose(1, 2).float()
     variance, mean = torch.var_mean(tokens, dim=1, correction=0)
     groups = batch, num_groups, channels // num_groups
     between, center = torch.var_mean(mean.view(groups), dim=2, correction=0, keepdim=True)
@@ -34,56 +35,17 @@ def group_norm(
     if weight is not None:
         scale = scale * weight.float()
     shift = -center * scale if bias is None else bias.float() - center * scale
-    out = (tokens * scale + shift).to(image.dtype)
-    return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return (tokens * scale + shift).to(image.dtype).transpose(1, 2).view(image.shape)
 
 
-_FUSED_UP_TO: Final = 256  # channels of a head: the widest that flash attention takes
-_CHUNKS: Final = 16
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`; that of one wide head, of a VAE, by matrix products.
-
-    No fused kernel is good at a head of 512: the one that takes it reaches a fifth of what products reach. The queries
-    are cut into parts, so that a sixteenth of the scores is in memory at once. Softmax in float32.
-    """
-    width = query.shape[-1]
-    plain = attn_mask is None and not dropout_p and not is_causal and not enable_gqa
-    if not plain or width <= _FUSED_UP_TO or query.shape[1] != 1 or query.dtype == torch.float32:
-        options = attn_mask, dropout_p, is_causal
-        return F.scaled_dot_product_attention(query, key, value, *options, scale=scale, enable_gqa=enable_gqa)
-    query, key, value = (heads[:, 0] for heads in (query, key, value))
-    tokens = query.shape[1]
-    part = (tokens + _CHUNKS - 1) // _CHUNKS
-    query = F.pad(query * (width**-0.5 if scale is None else scale), (0, 0, 0, _CHUNKS * part - tokens))
-    outs = []
-    for number in range(_CHUNKS):
-        scores = torch.bmm(query[:, number * part : (number + 1) * part], key.transpose(1, 2))
-        outs.append(torch.bmm(torch.softmax(scores.float(), -1).to(value.dtype), value))
-    return torch.cat(outs, 1)[:, None, :tokens]
-
-
-_CHANNELS_LAST: Final[Mapping[Any, Callable[..., Tensor]]] = {
-    F.group_norm: group_norm,
-    F.scaled_dot_product_attention: attention,
-}
+_CHANNELS_LAST: Final[Mapping[Any, Callable[..., Tensor]]] = {F.group_norm: group_norm}
 
 
 class TracedInForms(TorchFunctionMode):
     """Calls of these functions of torch run these others, inside of the block.
 
     Args:
-        forms: function of torch -> what takes its place for images, (B, C, h, w).
+        forms: function of torch -> what takes its place for images, (B, C, ...).
     """
 
     def __init__(self, forms: Mapping[Any, Callable[..., Tensor]]) -> None:
@@ -94,7 +56,7 @@ class TracedInForms(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         form = self._forms.get(func)
-        chosen = func if form is None or args[0].ndim != 4 else form
+        chosen = func if form is None or args[0].ndim < 3 else form
         return chosen(*args, **(kwargs or {}))
 
 
@@ -124,7 +86,7 @@ def end_detours(program: torch.export.ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-_VIEWS: Final = ("aten.view", "aten.reshape", "aten.permute", "aten.transpose")
+_VIEWS: Final = ("aten.view", "aten.reshape", "aten.flatten", "aten.permute", "aten.transpose")
 
 
 def _is_view(node: torch.fx.Node) -> bool:
@@ -138,4 +100,7 @@ def _is_view(node: torch.fx.Node) -> bool:
 def _same_view(one: torch.fx.Node, other: torch.fx.Node) -> bool:
     """Whether two views of one tensor are the same numbers in the same order."""
     first, second = one.meta["val"], other.meta["val"]
-    return first.shape == second.shape and first.stride() == second.stride()
+    if first.ndim != second.ndim:
+        return False
+    numbers = zip((*first.shape, *first.stride()), (*second.shape, *second.stride()), strict=True)
+    return all(statically_known_true(left == right) for left, right in numbers)  # no guard on a symbolic size
