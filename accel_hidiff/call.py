@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from accel_hidiff.families import Size
 from accel_hidiff.topology import Topology
+from accel_hidiff.windows import window_tables
 
 RegionCall = Callable[..., Any]  # tensors in, a tensor or a tuple of them out
 
@@ -40,7 +42,7 @@ class UNetCall:
         shifts_from: the shifts of each windowed transformer, by the number of its first windowed block; what is not in
             it is cut out of `shifts`.
         tables_from: tables of the window order (`windows.window_tables`) of each windowed transformer, by the number of
-            its first windowed block; what is not in it is looked up for its size.
+            its first windowed block; what the call looks up (`tables_of`) is kept in it.
         first_shift: index of `shifts[0]` among all windowed blocks (not 0 where a region is exported alone).
         regions: compiled region calls by module path; what is not in it runs eager.
         window: what windowed blocks need to know, inside of a windowed transformer; None outside.
@@ -51,7 +53,7 @@ class UNetCall:
     shifts: Tensor | None = None
     first_shift: int = 0
     shifts_from: Mapping[int, Tensor] = field(default_factory=dict)
-    tables_from: Mapping[int, Tensor] = field(default_factory=dict)
+    tables_from: dict[int, Tensor] = field(default_factory=dict)
     regions: Mapping[str, RegionCall] = field(default_factory=dict)
     window: Window | None = None
     before_pool: Size | None = None
@@ -63,6 +65,13 @@ class UNetCall:
         if (laid_out := self.shifts_from.get(first)) is not None:
             return laid_out
         return self.shifts[first - self.first_shift : first - self.first_shift + count]
+
+    def tables_of(self, first: int, batch: int, size: Size, device: torch.device) -> Tensor:
+        """The tables of the transformer whose first windowed block is number `first`, for its feature size."""
+        tables = self.tables_from.get(first)
+        if tables is None:
+            tables = self.tables_from[first] = window_tables(batch, *size, device)
+        return tables
 
 
 class CallScope(threading.local):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accel_hidiff.call import CallScope, Window
 from accel_hidiff.errors import AccelHiDiffError, BadInput
-from accel_hidiff.windows import window_tables, windowed_attention
+from accel_hidiff.windows import windowed_attention
 
 Forward = Callable[..., Any]
 
@@ -63,9 +63,7 @@ def window_frame(inner: Forward, scope: CallScope, first: int, count: int) -> Fo
         height, width = hidden_states.shape[-2:]
         shifts = call.shifts_of(first, count)
         assert shifts is not None, "a windowed call has shifts"
-        tables = call.tables_from.get(first)
-        if tables is None:
-            tables = window_tables(len(hidden_states), height, width, hidden_states.device)
+        tables = call.tables_of(first, len(hidden_states), (height, width), hidden_states.device)
         call.window = Window(height, width, shifts, tables)
         try:
             return inner(hidden_states, *args, **kwargs)

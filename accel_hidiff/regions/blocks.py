@@ -29,7 +29,7 @@ from accel_hidiff.regions.base import (
     Sizes,
 )
 from accel_hidiff.topology import Topology
-from accel_hidiff.windows import make_window_tables, window_tables
+from accel_hidiff.windows import make_window_tables
 from compile_cache import Range
 
 
@@ -131,8 +131,8 @@ class TransformerRegion(Region):
         if self._window_index is None or call is None or call.shifts is None:
             return (compiled(args[0], text),)
         image, shifts = args[0], call.shifts_of(self._window_index, self._blocks)
-        batch, _, height, width = image.shape
-        return (compiled(image, text, shifts, window_tables(batch, height, width, image.device)),)
+        tables = call.tables_of(self._window_index, len(image), image.shape[-2:], image.device)
+        return (compiled(image, text, shifts, tables),)
 
 
 class DecoderRegion(Region):

@@ -16,7 +16,7 @@ from accel_hidiff.families import Family, Layout, Size, feature_sizes, skip_size
 from accel_hidiff.regions.base import BATCH, LATENT_SIDE, Axes, Forward, GraphModule, Region, Share, Sizes
 from accel_hidiff.schedule import LATENT_CELL
 from accel_hidiff.topology import Topology
-from accel_hidiff.windows import make_window_tables, window_tables
+from accel_hidiff.windows import make_window_tables
 from compile_cache import Range
 
 _TIME_IDS = 6  # original size, crop, target size (SDXL, arXiv 2307.01952, section 2.2)
@@ -175,7 +175,8 @@ class UNetRegion(_Whole):
             inputs.append(call.shifts)
             height, width = sample.shape[-2:]
             found = self._window_sizes(height, width, call.topology)
-            inputs += [window_tables(len(sample), *size, sample.device) for size in found]
+            where = zip(self._firsts, found, strict=True)
+            inputs += [call.tables_of(first, len(sample), size, sample.device) for first, size in where]
         return compiled(*inputs)
 
 
