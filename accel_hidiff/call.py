@@ -7,7 +7,7 @@ threads do not see each other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +50,18 @@ class UNetCall:
         if (laid_out := self.shifts_from.get(first)) is not None:
             return laid_out
         return self.shifts[first - self.first_shift : first - self.first_shift + count]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that a call brings along, always in the same order."""
+        return [] if self.shifts is None else [self.shifts, *self.shifts_from.values()]
+
+    def over(self, tensors: Sequence[Tensor]) -> UNetCall:
+        """A call that is like this one before it began, over tensors in the place of its own `tensors()`."""
+        if self.shifts is None:
+            return UNetCall(self.topology, first_shift=self.first_shift)
+        shifts, *parts = tensors
+        shifts_from = dict(zip(self.shifts_from, parts, strict=True))
+        return UNetCall(self.topology, shifts, self.first_shift, shifts_from)
 
 
 class CallScope(threading.local):
