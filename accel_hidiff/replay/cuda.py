@@ -9,8 +9,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from accel_hidiff.device import CAPTURE, on_device, release_memory, wait_for
+from accel_hidiff.device import CAPTURE, device_index, on_device, release_memory, wait_for
 
+_BROKEN: Final[list[Any]] = []  # graphs whose capture did not end: torch's allocators may look at them ever after
 _WARM_RUNS: Final = (
     2  # on the stream of the capture: cuBLAS's workspace of a stream, cuDNN's plans, kernels loaded late
 )
@@ -45,17 +46,38 @@ class CudaCapturer:
             here.wait_stream(self._side)
             graph: Any = torch.cuda.CUDAGraph()
             try:
-                # Other threads go on allocating. What waits for the whole device would break the capture: `CAPTURE`.
-                with (
-                    CAPTURE,
-                    torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"),
-                ):
-                    out = run()
-            except BaseException:
+                out = self._record(graph, run, here)
+                self._alive += 1
+            finally:
                 self._forget_unused_pool()
-                raise
-            self._alive += 1
             return CudaCaptured(self, graph, out)
+
+    def _record(self, graph: Any, run: Callable[[], Tensor], here: Any) -> Tensor:
+        """Captures one run; whatever happens, nothing is being captured afterwards, and `here` is the current stream.
+
+        Other threads go on allocating meanwhile. What waits for the whole device would break the capture: `CAPTURE`.
+        """
+        raised: BaseException | None = None
+        options: Any = {"pool": self._pool, "stream": self._side, "capture_error_mode": "thread_local"}
+        try:
+            with CAPTURE, torch.cuda.graph(graph, **options):
+                try:
+                    return run()
+                except BaseException as problem:
+                    raised = problem
+                    raise
+        except BaseException as problem:
+            torch.cuda.set_stream(here)
+            if problem is not raised:  # the capture could not begin, or not end
+                self._break_off(graph)
+            raise (raised or problem) from (raised or problem).__cause__
+
+    def _break_off(self, graph: Any) -> None:
+        """Does what torch leaves undone where a capture does not end: tells the allocator that it has."""
+        _BROKEN.append(graph)
+        for function in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with contextlib.suppress(RuntimeError, AttributeError):
+                getattr(torch._C, function)(device_index(self._device), self._pool)
 
     def wait(self) -> None:
         """See `Capturer.wait`."""
