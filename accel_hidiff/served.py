@@ -31,6 +31,7 @@ from accel_hidiff.decoding import (
     unfolds,
 )
 from accel_hidiff.dispatch import Dispatcher, Graph
+from accel_hidiff.errors import GraphMiss
 from accel_hidiff.facts import call_facts, call_name, hook_of
 from accel_hidiff.families import Layout, Size, feature_sizes
 from accel_hidiff.forwards import Forward
@@ -140,7 +141,11 @@ class ServedUNet:
         unet = self.patch.unet
         with self.patch.phase(step, num_steps), torch.inference_mode(False), torch.no_grad():
             inputs, kwargs = zero_inputs(unet, batch, height, width, tokens)
-            unet.forward(*inputs, **kwargs)
+            try:
+                unet.forward(*inputs, **kwargs)
+            except GraphMiss as miss:  # a request would be refused, too
+                assert self.dispatcher.replays is not None, "it is capturing"
+                self.dispatcher.replays.skip(str(miss))
 
     def graphs(
         self,

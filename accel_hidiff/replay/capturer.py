@@ -16,8 +16,9 @@ class Captured(Protocol):
     def out(self) -> Tensor:
         """Where a replay leaves its result; the next one, of any graph of the same pool, may overwrite it."""
 
-    def replay(self) -> None:
-        """Does it again, after what this thread gave the device before. One replay of a pool at a time."""
+    def replay(self, fill: Callable[[], None]) -> Tensor:
+        """Fills the inputs, does it again, and returns a copy of the result: all of it behind whatever was replayed of
+        the pool before, on any stream. One thread at a time."""
 
     def release(self) -> None:
         """Waits for the last replay, and gives its part of the pool up; it is not replayed again."""

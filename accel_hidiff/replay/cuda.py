@@ -96,14 +96,16 @@ class CudaCapturer:
         with contextlib.suppress(RuntimeError):  # the device may be lost
             release_memory(self._device)
 
-    def replay(self, graph: Any) -> None:
-        """Launches a graph behind the last one."""
+    def replay(self, graph: Any, out: Tensor, fill: Callable[[], None]) -> Tensor:
+        """See `Captured.replay`."""
         with on_device(self._device):
             here = torch.cuda.current_stream()
             if self.last is not None and self.last != here:
                 here.wait_stream(self.last)
             self.last = here
+            fill()
             graph.replay()
+            return out.clone()
 
     def released(self) -> None:
         """A graph has gone."""
@@ -130,9 +132,9 @@ class CudaCaptured:
         assert self._out is not None, "it is released"
         return self._out
 
-    def replay(self) -> None:
+    def replay(self, fill: Callable[[], None]) -> Tensor:
         """See `Captured.replay`."""
-        self._capturer.replay(self._graph)
+        return self._capturer.replay(self._graph, self.out, fill)
 
     def release(self) -> None:
         """See `Captured.release`."""

@@ -105,7 +105,8 @@ def zero_inputs(unet: Any, batch: int, height: int, width: int, tokens: int) -> 
     config, options = unet.config, {"dtype": unet.dtype, "device": unet.device}
     with torch.inference_mode(False):
         sample = torch.zeros(batch, config.in_channels, height, width, **options)
-        text = torch.zeros(batch, tokens, config.encoder_hid_dim or config.cross_attention_dim, **options)
+        channels = config.encoder_hid_dim or config.cross_attention_dim
+        text = torch.zeros(batch, tokens, channels if isinstance(channels, int) else channels[0], **options)
         kwargs: dict[str, Any] = {"return_dict": False}
         if config.addition_embed_type == "text_time":
             width_of_text = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim

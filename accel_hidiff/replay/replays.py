@@ -71,9 +71,7 @@ class Recording:
 
     def run(self, inputs: StepInputs) -> Tensor:
         """The result of a call, a tensor of its own."""
-        self._static.fill(inputs)
-        self._captured.replay()
-        return self._captured.out.clone()
+        return self._captured.replay(lambda: self._static.fill(inputs))
 
     def release(self) -> None:
         """Gives back what it captured; it does not run again."""
@@ -195,7 +193,7 @@ class Replays:
             return
         what = f"{name[1]}, {'x'.join(map(str, inputs.sample.shape))}"
         if not graph.calls:
-            captures.skipped.append(f"{what}: {graph.reason or 'runs eager'}")
+            self.skip(f"{what}: {graph.reason or 'runs eager'}")
             return
         known = self._recordings.get(name)
         if known is not None and known.graph is graph:
@@ -212,11 +210,16 @@ class Replays:
             reason = first_line(error)
         if reason:
             LOG.info("not in a CUDA graph: %s: %s", what, reason)
-            captures.skipped.append(f"{what}: {reason}")
+            self.skip(f"{what}: {reason}")
             capturer.give_back()
         else:
             captures.kept += 1
         self._stats.graph_bytes = capturer.held_bytes()
+
+    def skip(self, reason: str) -> None:
+        """Something of what is to be captured on this thread is not."""
+        if self._load.captures is not None:
+            self._load.captures.skipped.append(reason)
 
     def _try(
         self, name: Name, graph: Graph, inputs: StepInputs, module: nn.Module, compute: Compute, capturer: Capturer

@@ -71,7 +71,7 @@ class OnMeta:
         self.operations.append(watched.operations)
         return self
 
-    def replay(self) -> None:
+    def replay(self, fill: Callable[[], None]) -> Tensor:
         raise AssertionError("nothing to replay")
 
     def wait(self) -> None: ...

@@ -20,6 +20,7 @@ from accel_hidiff.call import UNetCall
 from accel_hidiff.replay import StepInputs, capturer
 from accel_hidiff.replay.inputs import StaticInputs, zero_inputs
 from accel_hidiff.replay.judge import is_worth_it
+from accel_hidiff.serving import service
 from accel_hidiff.stats import Stats
 from accel_hidiff.topology import Topology
 from tests import models
@@ -622,5 +623,7 @@ def test_a_call_hands_on_every_tensor_that_it_carries() -> None:
     assert UNetCall(Topology()).tensors() == [] and UNetCall(Topology()).over([]).shifts is None
 
 
-def test_the_counters_are_in_the_statistics() -> None:
-    assert {"captures": 0, "replays": 0, "graph_bytes": 0}.items() <= Stats().to_json().items()
+def test_the_counters_are_in_the_statistics_and_the_metrics_name_only_counters_that_are_there() -> None:
+    counters = Stats().to_json()
+    assert {"captures": 0, "replays": 0, "graph_bytes": 0}.items() <= counters.items()
+    assert {"captures", "replays"} <= service._STATS.keys() <= counters.keys()
