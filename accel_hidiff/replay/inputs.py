@@ -52,6 +52,7 @@ class StaticInputs:
         with torch.inference_mode(False):
             self._tensors = [None if one is None else torch.empty_like(one) for one in like.tensors()]
             self._timestep = torch.zeros((), device=like.sample.device)
+        self._facts = list(map(_facts, self._tensors))
         self._call = like.call
         self.fill(like)
 
@@ -62,7 +63,7 @@ class StaticInputs:
             return False
         if any(value is not None and name not in ADDED for name, value in inputs.added.items()):
             return False
-        return len(given) == len(self._tensors) and all(map(_fits, self._tensors, given))
+        return list(map(_facts, given)) == self._facts
 
     def fill(self, inputs: StepInputs) -> None:
         """Copies a call's inputs into their places."""
@@ -88,10 +89,8 @@ class StaticInputs:
         return [self._timestep, *(one for one in self._tensors if one is not None)]
 
 
-def _fits(place: Tensor | None, given: Any) -> bool:
-    if place is None or not isinstance(given, Tensor):
-        return place is None and given is None
-    return place.shape == given.shape and place.dtype == given.dtype and place.device == given.device
+def _facts(given: Any) -> Any:
+    return (given.shape, given.dtype, given.device) if isinstance(given, Tensor) else given
 
 
 def zero_inputs(unet: Any, batch: int, height: int, width: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

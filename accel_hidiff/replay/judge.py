@@ -1,4 +1,4 @@
-"""Whether a graph is worth its memory: a pure function of times. No torch."""
+"""Whether a graph is worth its memory: a pure function of times."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ GAIN: Final = 0.05  # of the time of a call
 def gain(plain: Sequence[float], replayed: Sequence[float]) -> float:
     """The share of a call's time that a replay saves, by medians; negative where it takes longer.
 
-    >>> gain([10.0, 30.0, 10.0], [9.0, 9.0, 50.0])
-    0.1
+    >>> gain([8.0, 32.0, 8.0], [6.0, 6.0, 50.0])
+    0.25
     """
     usual = median(plain)
     return 1 - median(replayed) / usual if usual > 0 else 0.0

@@ -463,6 +463,31 @@ class TestFailures:
         assert report.captured == 0 and len(report.not_captured) == KINDS["sdxl"]
         assert "it reads a number of the device's" in report.not_captured[0]
 
+    def test_an_artifact_that_fails_while_it_is_captured_is_out_of_service(
+        self, make: Make, backend: StandInBackend
+    ) -> None:
+        handle = make(on_miss="eager")
+        left = [RuntimeError("no such kernel")]
+
+        def fail(path: str) -> None:
+            if left and path.startswith("unet.mid_block"):
+                raise left.pop()
+
+        backend.fail = fail
+        report = load(handle)
+        assert (report.captured, report.graph_bytes, handle._dispatcher.replays.held()) == (0, 0, {})
+        (told,) = report.not_captured  # the other kinds run eager from here on, too
+        assert told.endswith("what it was captured of is not used any more")
+        with handle.stats.expect(hits=0, eager_calls=STEPS, replays=0):
+            latents(handle.pipe)
+
+    def test_a_call_that_would_be_refused_is_told(self, make: Make) -> None:
+        handle = make()
+        with torch.autocast("cpu", torch.bfloat16):
+            report = load(handle)
+        assert report.captured == 0 and len(report.not_captured) == KINDS["sdxl"]
+        assert "autocast is on" in report.not_captured[0]
+
 
 def _at_replay(number: int, error: Exception, tape: Tape) -> Callable[[str], None]:
     last = tape.replayed + number
