@@ -20,6 +20,7 @@ from accel_hidiff.call import UNetCall
 from accel_hidiff.replay import StepInputs, capturer
 from accel_hidiff.replay.inputs import StaticInputs, zero_inputs
 from accel_hidiff.replay.judge import is_worth_it
+from accel_hidiff.replay.replays import Recording
 from accel_hidiff.serving import service
 from accel_hidiff.stats import Stats
 from accel_hidiff.topology import Topology
@@ -612,6 +613,21 @@ class TestTogether:
         with handle.stats.expect(replays=32):
             run_all([threading.Thread(target=work, args=(number,)) for number in range(4)])
         assert wrong == []
+
+    def test_a_graph_that_is_dropped_before_its_turn_comes_is_not_replayed(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        handle = make()
+        want = unet_call(handle)
+        load(handle)
+
+        def takes(recording: Recording, inputs: StepInputs) -> bool:
+            handle._dispatcher._keep({})  # as another thread may
+            return True
+
+        monkeypatch.setattr(Recording, "takes", takes)
+        with handle.stats.expect(replays=0, hits=1):
+            assert torch.equal(unet_call(handle), want)
 
     def test_graphs_may_be_dropped_while_others_replay(self, make: Make, run_all: Any) -> None:
         handle = make()
