@@ -18,7 +18,7 @@ _WARM_RUNS: Final = (
 
 
 class CudaCapturer:
-    """Captures on one device. Not thread safe.
+    """Captures on one device; one thread at a time captures, one replays.
 
     Every capture is made on the same side stream, so that what a library keeps for a stream is made once, and outside
     of the pool. Graphs of one pool share memory: replays on different streams wait for each other.
@@ -45,12 +45,12 @@ class CudaCapturer:
                     run()
             here.wait_stream(self._side)
             graph: Any = torch.cuda.CUDAGraph()
+            self._alive += 1  # before: another thread may release the others meanwhile
             try:
-                out = self._record(graph, run, here)
-                self._alive += 1
-            finally:
-                self._forget_unused_pool()
-            return CudaCaptured(self, graph, out)
+                return CudaCaptured(self, graph, self._record(graph, run, here))
+            except BaseException:
+                self.released()
+                raise
 
     def _record(self, graph: Any, run: Callable[[], Tensor], here: Any) -> Tensor:
         """Captures one run; whatever happens, nothing is being captured afterwards, and `here` is the current stream.
