@@ -12,8 +12,8 @@ from torch import Tensor
 
 from accel_hidiff.backends import Backend, BoundRegion
 from accel_hidiff.backends.base import served
-from accel_hidiff.device import fault_of, release_memory
-from accel_hidiff.errors import AccelHiDiffError, CompileFailed, DeviceLost, OutOfMemory, first_line
+from accel_hidiff.device import fault_of, is_capturing, release_memory
+from accel_hidiff.errors import AccelHiDiffError, CaptureFailed, CompileFailed, DeviceLost, OutOfMemory, first_line
 from accel_hidiff.failures import Fault
 from accel_hidiff.guard import Accept, Reject, judge_sizes
 from accel_hidiff.regions import Region, RegionGraph, Sizes, bucket_of, example_sizes
@@ -30,7 +30,7 @@ _INDEX_LIMIT = 1 << 31  # numbers of a tensor, from which on 32 bits do not hold
 _ALIGNMENT = 16  # bytes; compiled code may load this much at once
 
 # What torch raises where an artifact fails. Others come from outside: a timeout that a signal handler raises, say.
-_FAILURES = (RuntimeError, MemoryError, TypeError, ValueError)
+FAILURES = (RuntimeError, MemoryError, TypeError, ValueError)
 
 
 class ArtifactFailed(Exception):
@@ -88,15 +88,15 @@ class BoundCall:
             return self._run(_aligned(image), *(_aligned(tensor.contiguous()) for tensor in rest))
         except AccelHiDiffError:
             raise
-        except _FAILURES as error:
+        except FAILURES as error:
             what = f"{self._path} with an input of {'x'.join(map(str, image.shape))}"
-            raise _not_the_artifact(error, image.device, what) or ArtifactFailed(
-                self._path, self._key, error
-            ) from error
+            raise not_the_artifact(error, image.device, what) or ArtifactFailed(self._path, self._key, error) from error
 
 
-def _not_the_artifact(error: Exception, device: torch.device, what: str) -> AccelHiDiffError | None:
+def not_the_artifact(error: Exception, device: torch.device, what: str) -> AccelHiDiffError | None:
     """What to raise where a request or the device is at fault; None where the artifact is."""
+    if is_capturing(device):
+        return CaptureFailed(f"{what}: {first_line(error)}")
     fault = fault_of(error, device)
     if fault is Fault.MEMORY:
         return OutOfMemory(
@@ -337,7 +337,7 @@ class Binder:
                 except (CompileFailed, CompileCacheError, OSError) as error:
                     if entry is None or isinstance(error, TimeoutError):
                         raise
-                    if (told := _not_the_artifact(error, graph.device, graph.region.path)) is not None:
+                    if (told := not_the_artifact(error, graph.device, graph.region.path)) is not None:
                         raise told from error
                     raise ArtifactFailed(graph.region.path, key, error) from error  # it was compiled; it does not load
                 if (made := self._bound[name]) is not None:

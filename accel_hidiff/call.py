@@ -7,7 +7,7 @@ threads do not see each other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,8 +41,9 @@ class UNetCall:
         shifts: (K,) int64, one window shift per windowed block in call order, on the UNet's device.
         shifts_from: the shifts of each windowed transformer, by the number of its first windowed block; what is not in
             it is cut out of `shifts`.
-        tables_from: tables of the window order (`windows.window_tables`) of each windowed transformer, by the number of
-            its first windowed block; what the call looks up (`tables_of`) is kept in it.
+        tables_from: inside of a graph, its inputs: the tables of the window order (`windows.window_tables`) of each
+            windowed transformer, by the number of its first windowed block.
+        tables: those of the feature maps that are windowed, by (batch, height, width).
         first_shift: index of `shifts[0]` among all windowed blocks (not 0 where a region is exported alone).
         regions: compiled region calls by module path; what is not in it runs eager.
         window: what windowed blocks need to know, inside of a windowed transformer; None outside.
@@ -53,7 +54,8 @@ class UNetCall:
     shifts: Tensor | None = None
     first_shift: int = 0
     shifts_from: Mapping[int, Tensor] = field(default_factory=dict)
-    tables_from: dict[int, Tensor] = field(default_factory=dict)
+    tables_from: Mapping[int, Tensor] = field(default_factory=dict)
+    tables: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     regions: Mapping[str, RegionCall] = field(default_factory=dict)
     window: Window | None = None
     before_pool: Size | None = None
@@ -68,10 +70,26 @@ class UNetCall:
 
     def tables_of(self, first: int, batch: int, size: Size, device: torch.device) -> Tensor:
         """The tables of the transformer whose first windowed block is number `first`, for its feature size."""
-        tables = self.tables_from.get(first)
+        given = self.tables_from.get(first)
+        if given is not None:
+            return given
+        key = batch, *size
+        tables = self.tables.get(key)
         if tables is None:
-            tables = self.tables_from[first] = window_tables(batch, *size, device)
+            tables = self.tables[key] = window_tables(*key, device)
         return tables
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that a call brings along and another one has others of, always in the same order."""
+        return [] if self.shifts is None else [self.shifts, *self.shifts_from.values()]
+
+    def over(self, tensors: Sequence[Tensor]) -> UNetCall:
+        """A call that is like this one before it began, over tensors in the place of its own `tensors()`."""
+        if self.shifts is None:
+            return UNetCall(self.topology, first_shift=self.first_shift)
+        shifts, *parts = tensors
+        shifts_from = dict(zip(self.shifts_from, parts, strict=True))
+        return UNetCall(self.topology, shifts, self.first_shift, shifts_from, tables=self.tables)
 
 
 class CallScope(threading.local):

@@ -18,6 +18,7 @@ WINDOW_SHIFTS = ("per_block", "per_step")
 ONEDIFF_COMPILERS = ("nexfort", "oneflow")
 MEMORY_FORMATS = ("channels_last", "contiguous")
 NEXFORT_MODE = "jit"
+CUDA_GRAPHS = ("auto", "on", "off")
 DECODE_TILES = ("auto", "never", "always")
 DECODE_DTYPES = ("bfloat16",)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from accel_hidiff.config import (
+    CUDA_GRAPHS,
     FAMILIES,
     MEMORY_FORMATS,
     TASKS,
@@ -134,6 +135,7 @@ class ModelTable:
         memory_format: "channels_last" or "contiguous", of the convolutions' weights; None: as the model has it.
         decode: a table with the fields of `DecodeConfig`: tiles, memory and dtype of the VAE's decoder.
         on_miss: "background", "eager" or "error": what `serve` does for a size that is not compiled.
+        cuda_graphs: "auto", "on" or "off": whether `serve` replays UNet calls as CUDA graphs, as in `accelerate`.
     """
 
     name: str
@@ -158,6 +160,7 @@ class ModelTable:
     memory_format: str | None = None
     on_miss: str = "background"
     decode: DecodeConfig | None = None
+    cuda_graphs: str = "auto"
 
     def __post_init__(self) -> None:
         _text("models.name", self.name)
@@ -178,6 +181,7 @@ class ModelTable:
             raise BadInput(f'models.decode: expected a table such as {{tiles = "auto"}}, got {self.decode!r}')
         check_choice("models.regions", self.regions, ("blocks", "whole"))
         check_choice("models.shapes", self.shapes, ("symbolic", "exact"))
+        check_choice("models.cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         check_choice("models.on_miss", self.on_miss, SERVICE_ON_MISS)
         if self.memory_format is not None:
             check_choice("models.memory_format", self.memory_format, MEMORY_FORMATS)

@@ -67,6 +67,7 @@ def open_deployed_model(
         target=model.target,
         memory_format=model.memory_format,
         decode=model.decode,
+        cuda_graphs=model.cuda_graphs if weights else "off",
         **options,
     )
     handle.meant_for = target

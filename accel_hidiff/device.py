@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from accel_hidiff.failures import FailureFacts, Fault, judge_failure
+
+# Held while this process captures on a device: what waits for a whole device, on any thread, would break the capture.
+CAPTURE: Final = threading.RLock()
 
 _refused: dict[int, int] = {}  # by device index: what torch's allocator had refused at the last failure there
 
@@ -59,14 +63,20 @@ def has_siblings(device: torch.device) -> bool:
 def wait_for(device: torch.device) -> None:
     """Waits until a device has done what it was given."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with CAPTURE:
+            torch.cuda.synchronize(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what this thread gives a device goes into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def release_memory(device: torch.device) -> None:
     """Gives back what nobody uses: tensors in reference cycles, and the blocks that torch's allocator keeps."""
     gc.collect()
     if device.type == "cuda":
-        with on_device(device):
+        with CAPTURE, on_device(device):
             torch.cuda.empty_cache()
 
 
@@ -86,7 +96,7 @@ def failure_facts(error: BaseException, device: torch.device) -> FailureFacts:
 
 def _told_by_cuda(device: torch.device) -> dict[str, Any]:
     try:
-        torch.cuda.synchronize(device)
+        wait_for(device)
         release_memory(device)
         free, total = torch.cuda.mem_get_info(device)
         refused = int(torch.cuda.memory_stats(device).get("num_ooms", 0))

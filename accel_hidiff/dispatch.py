@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -19,6 +20,9 @@ from accel_hidiff.fingerprint import ModuleState
 from accel_hidiff.guard import CallFacts, Reject, judge_call
 from accel_hidiff.regions import Region
 from compile_cache import UnstableFactor
+
+if TYPE_CHECKING:
+    from accel_hidiff.replay import Replays
 
 ON_MISS = ("compile", "background", "eager", "error")
 
@@ -47,12 +51,14 @@ class Dispatcher:
 
     Attributes:
         background: has missing graphs compiled under `on_miss="background"`.
+        replays: replays calls of this table; None: all are run.
     """
 
     def __init__(self, binder: Binder, on_miss: str, hint: str) -> None:
         self.binder = binder
         self.on_miss = on_miss
         self.background: Background | None = None
+        self.replays: Replays | None = None
         self._hint = hint
         self._sealed = False
         self._models: dict[str, tuple[nn.Module, list[Region]]] = {}
@@ -83,12 +89,8 @@ class Dispatcher:
             self._graphs = {name: graph for name, graph in self._graphs.items() if not graph.missing}
 
     def graph(self, name: Name, facts: Callable[[], CallFacts], graphs: Callable[[], Graphs]) -> Graph:
-        """What serves the calls of this name; `facts` and `graphs` are asked for when it is new."""
-        found = self._graphs.get(name)
-        if found is None:
-            found = self._graphs.setdefault(name, self._resolve(name, facts(), graphs))  # it may have arrived already
-            if len(self._graphs) > _MAX_NAMES or (self.binder.held > _MAX_BOUND and self._can_bind_again):
-                self._shed()
+        """What serves a call of this name; `facts` and `graphs` are asked for when it is new."""
+        found = self._graphs.get(name) or self.find(name, facts, graphs)
         stats = self.binder.stats
         if found.calls:
             stats.hits += 1
@@ -98,11 +100,30 @@ class Dispatcher:
                 stats.reject(found.reason)
         return found
 
+    def find(self, name: Name, facts: Callable[[], CallFacts], graphs: Callable[[], Graphs]) -> Graph:
+        """As `graph`, for nobody's call: none is counted."""
+        found = self._graphs.get(name)
+        if found is None:
+            found = self._graphs.setdefault(name, self._resolve(name, facts(), graphs))  # it may have arrived already
+            if len(self._graphs) > _MAX_NAMES or (self.binder.held > _MAX_BOUND and self._can_bind_again):
+                self._shed()
+        return found
+
+    def serves(self, name: Name) -> Graph | None:
+        """What the table holds for this name."""
+        return self._graphs.get(name)
+
+    def _keep(self, graphs: dict[Name, Graph]) -> None:
+        """The table from now on; what was captured of anything else is given back."""
+        self._graphs = graphs
+        if self.replays is not None:
+            self.replays.prune()
+
     def _shed(self) -> None:
         """Forgets the older half of the calls, and what they alone had bound; they are made again when they come."""
         with self._lock:
             kept = list(self._graphs.items())[len(self._graphs) // 2 :]
-            self._graphs = dict(kept)
+            self._keep(dict(kept))
             if self._can_bind_again:
                 self.binder.keep_only({call.name for _, graph in kept for call in graph.calls.values()})
 
@@ -142,7 +163,7 @@ class Dispatcher:
                 for region in self._models[model][1]:
                     region.forget()
                     self.binder.forget_bindings(region.path)
-            self._graphs = {name: graph for name, graph in self._graphs.items() if name[0] not in models}
+            self._keep({name: graph for name, graph in self._graphs.items() if name[0] not in models})
             if self.background is not None:
                 self.background.forget_models(models)
 
@@ -189,21 +210,23 @@ class Dispatcher:
         if self.background is not None:
             self.background.close()
         with self._lock:
-            self._graphs = {}
+            self._keep({})
             self.binder.keep_only(set())
 
     def quarantine(self, failed: ArtifactFailed) -> None:
         """A compiled call raised: what it was to compute runs eager; GraphMiss under "error"."""
         self.binder.quarantine(failed)
         with self._lock:
-            self._graphs = {}
+            self._keep({})
         self.fall_back(failed.reason)
 
     def verify(self) -> dict[str, str | None]:
         """See `Binder.verify`."""
         with self._lock:
-            self._graphs = {}
-            return self.binder.verify()
+            found = self.binder.verify()
+            if found:
+                self._keep({})
+            return found
 
     def _resolve(self, name: Name, facts: CallFacts, graphs: Callable[[], Graphs]) -> Graph:
         decision = judge_call(facts)
@@ -249,7 +272,7 @@ class Dispatcher:
                 return
             found = self.binder.bind_all(graphs(), compile_missing=False)
             if isinstance(found, dict) and name is not None:
-                self._graphs[name] = Graph(found)
+                self._keep({**self._graphs, name: Graph(found)})
                 self.binder.stats.background["swapped"] += 1
 
 

@@ -41,6 +41,10 @@ class CompileFailed(AccelHiDiffError, RuntimeError):
     """A region could not be exported or compiled."""
 
 
+class CaptureFailed(AccelHiDiffError, RuntimeError):
+    """A compiled call raised while a CUDA graph was being captured of it; whose fault that is, is not looked for."""
+
+
 class OutOfMemory(AccelHiDiffError, RuntimeError):
     """A request needs more memory than its device has left. Nothing else is wrong: the next request is served."""
 

@@ -53,6 +53,21 @@ class RequestGraphs:
             if decoder := self.decoder(height, width, 1):
                 yield decoder
 
+    def loaded_steps(
+        self, sizes: Sequence[tuple[int, int]], steps: int, batches: Sequence[int]
+    ) -> Iterator[tuple[int, int, int, int, int]]:
+        """(step, latent height, latent width, batch, text tokens) of one UNet call of each kind that such requests make
+        without ControlNet residuals, and whose graphs are bound."""
+        binder = self._dispatcher.binder
+        for height, width in sizes:
+            firsts = {
+                phase.topology: phase.start for phase, cut in reversed([*self.phases(height, width, steps)]) if not cut
+            }
+            for batch in batches:
+                for topology, step in firsts.items():
+                    if all(binder.is_bound(graph) for graph, _ in self.unet(topology, height, width, batch)):
+                        yield step, height // LATENT_CELL, width // LATENT_CELL, batch, self._tokens()
+
     def phases(self, height: int, width: int, steps: int) -> Iterator[tuple[Phase, bool]]:
         """The phases of a request, and whether a graph takes ControlNet residuals in them: only a whole UNet does, so
         that only there a phase is cut where the ControlNets stop."""

@@ -23,7 +23,7 @@ from accel_hidiff.config import HiDiffusionConfig, check_pixels, check_steps
 from accel_hidiff.control import at_trained_scale, find_controlnets, fitted
 from accel_hidiff.entrance import Entered, enter_alone, run_before
 from accel_hidiff.errors import AccelHiDiffError, BadInput, NoPhase, NotAPipeline, PatchConflict, SizeWarning
-from accel_hidiff.families import Family
+from accel_hidiff.families import Family, Layout, feature_sizes
 from accel_hidiff.forwards import (
     Forward,
     dilated,
@@ -38,7 +38,9 @@ from accel_hidiff.recognize import Recognized, recognize
 from accel_hidiff.schedule import LATENT_CELL, PhasePlan, controls, plan_latent, plan_pixels, running_steps
 from accel_hidiff.shifts import ShiftLayout, check_shifts, window_shifts
 from accel_hidiff.sizes import control_size, odd_window_notice, suggest_latent
+from accel_hidiff.topology import Topology
 from accel_hidiff.undo import UndoLog, is_installed, refuse_copy
+from accel_hidiff.windows import window_tables
 
 RegionLayer = Callable[["Patch", UndoLog], None]
 UNetRunner = Callable[[UNetCall, Forward, Tensor, Any, Any, dict[str, Any]], Any]
@@ -265,12 +267,14 @@ class Patch:
             return UNetCall(topology), controlled
         self._warn_of_odd_windows(plan, height, width)
         layout, device = self._shift_layout, sample.device
+        sizes = _window_sizes(self.layout, self.family, height, width, topology)
+        tables = {(len(sample), *size): window_tables(len(sample), *size, device) for size in sizes}
         if shifts is not None:
             (laid_out,) = _on_device((shifts,), layout, device)
         else:
             seed = self.config.shift_seed if seed is None else seed
             laid_out = _shifts_of_request(seed, num_steps, self.config.window_shifts, layout, device)[step]
-        return UNetCall(topology, laid_out.all, shifts_from=laid_out.by_first), controlled
+        return UNetCall(topology, laid_out.all, shifts_from=laid_out.by_first, tables=tables), controlled
 
     def _warn_of_odd_windows(self, plan: PhasePlan, height: int, width: int) -> None:
         """Says once for each size which nearest one needs no resize in window attention."""
@@ -431,6 +435,16 @@ def _windowed_transformers(unet: UNet2DConditionModel, family: Family) -> tuple[
         for level in family.windowed_levels
         for index, transformer in enumerate(unet.get_submodule(level).attentions)
     )
+
+
+@lru_cache(maxsize=256)
+def _window_sizes(
+    layout: Layout, family: Family, height: int, width: int, topology: Topology
+) -> tuple[tuple[int, int], ...]:
+    """The sizes of the feature maps that are windowed in a call of a latent size, each once."""
+    features = feature_sizes(layout, family, height, width, topology)
+    levels = tuple(f"{level}.attentions." for level in family.windowed_levels)
+    return tuple(dict.fromkeys(size for path, size in features.items() if path.startswith(levels)))
 
 
 class _Shifts(NamedTuple):

@@ -30,10 +30,12 @@ from accel_hidiff.decoding import (
     require_dtype,
     unfolds,
 )
-from accel_hidiff.dispatch import Dispatcher
+from accel_hidiff.dispatch import Dispatcher, Graph
+from accel_hidiff.errors import GraphMiss
 from accel_hidiff.facts import call_facts, call_name, hook_of
 from accel_hidiff.families import Layout, Size, feature_sizes
 from accel_hidiff.forwards import Forward
+from accel_hidiff.guard import CallFacts
 from accel_hidiff.patching import Patch
 from accel_hidiff.regions import (
     ControlNetRegion,
@@ -47,6 +49,7 @@ from accel_hidiff.regions import (
     find_blocks,
     is_whole_controlnet,
 )
+from accel_hidiff.replay.inputs import StepInputs, zero_inputs
 from accel_hidiff.schedule import LATENT_CELL
 from accel_hidiff.topology import PLAIN, Topology
 from accel_hidiff.undo import UndoLog
@@ -90,30 +93,59 @@ class ServedUNet:
         self, call: UNetCall, inner: Forward, sample: Tensor, timestep: Any, text: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Runs one UNet call; `kwargs` are the UNet's own, residuals at their final sizes."""
-        patch = self.patch
+        patch, replays = self.patch, self.dispatcher.replays
         self.dispatcher.begin(patch.request_number)
         extras = _given(kwargs)
         name = (UNET, call.topology, extras, *call_name(sample, text))
-        graph = self.dispatcher.graph(
-            name,
-            lambda: call_facts(call.topology, sample, text, extras=extras, model=patch.unet, whole=self.whole),
-            lambda: self.graphs(
-                call.topology,
-                *_sizes(sample, text),
-                dtype=sample.dtype,
-                device=sample.device,
-                controlled=kwargs.get(DOWN) is not None,
-            ),
-        )
+
+        def facts() -> CallFacts:
+            return call_facts(call.topology, sample, text, extras=extras, model=patch.unet, whole=self.whole)
+
+        def graphs() -> Graphs:
+            controlled = kwargs.get(DOWN) is not None
+            sizes = _sizes(sample, text)
+            return self.graphs(call.topology, *sizes, dtype=sample.dtype, device=sample.device, controlled=controlled)
+
+        if replays is not None and not extras:
+            inputs = StepInputs(call, sample, timestep, text, kwargs.get("added_cond_kwargs") or {})
+            if replays.is_capturing:
+                graph = self.dispatcher.find(name, facts, graphs)
+                replays.capture(name, graph, inputs, patch.unet, lambda step: self._compute_step(graph, inner, step))
+                return None
+            graph = self.dispatcher.graph(name, facts, graphs)
+            if (out := replays.run(name, graph, inputs)) is not None:
+                return _output(out, kwargs)
+        else:
+            graph = self.dispatcher.graph(name, facts, graphs)
+        return self._compute(graph, call, inner, sample, timestep, text, kwargs)
+
+    def _compute(
+        self, graph: Graph, call: UNetCall, inner: Forward, sample: Tensor, timestep: Any, text: Any, kwargs: Any
+    ) -> Any:
         if self.whole and graph.calls:
             try:
                 out = self.regions[0].forward_with(graph.calls[UNET], call, sample, timestep, text, **kwargs)
-                return UNet2DConditionOutput(sample=out) if kwargs.get("return_dict", True) else (out,)
+                return _output(out, kwargs)
             except ArtifactFailed as failed:
                 self.dispatcher.quarantine(failed)
         call.regions = {} if self.whole else graph.calls
-        with patch.scope.opened(call):
+        with self.patch.scope.opened(call):
             return inner(sample, timestep, text, **kwargs)
+
+    def _compute_step(self, graph: Graph, inner: Forward, step: StepInputs) -> Tensor:
+        out: Tensor = self._compute(graph, step.call, inner, step.sample, step.timestep, step.text, step.kwargs())[0]
+        return out
+
+    def capture(self, step: int, num_steps: int, height: int, width: int, batch: int, tokens: int) -> None:
+        """Captures the calls of a step of a request; sizes are latent. Inside of `Replays.capturing`."""
+        unet = self.patch.unet
+        with self.patch.phase(step, num_steps), torch.inference_mode(False), torch.no_grad():
+            inputs, kwargs = zero_inputs(unet, batch, height, width, tokens)
+            try:
+                unet.forward(*inputs, **kwargs)
+            except GraphMiss as miss:  # a request would be refused, too
+                assert self.dispatcher.replays is not None, "it is capturing"
+                self.dispatcher.replays.skip(str(miss))
 
     def graphs(
         self,
@@ -377,6 +409,10 @@ def _given(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     if added and "image_embeds" in added:
         given.append("image_embeds")
     return tuple(given)
+
+
+def _output(sample: Tensor, kwargs: Mapping[str, Any]) -> Any:
+    return UNet2DConditionOutput(sample=sample) if kwargs.get("return_dict", True) else (sample,)
 
 
 def _sizes(sample: Tensor, text: Tensor) -> tuple[int, int, int, int]:

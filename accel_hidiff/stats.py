@@ -24,6 +24,9 @@ class Stats:
         eager_calls: calls that ran eager.
         background: graphs that were "queued" for a compiling process, and what became of them ("compiled", "found",
             "failed", "died", "not stored", "cancelled"); "swapped": kinds of calls that took theirs up while serving.
+        captures: kinds of UNet calls that were captured in CUDA graphs.
+        replays: UNet calls that such a graph served; each is a hit, too.
+        graph_bytes: device memory that the graphs hold now.
         rejected: reason -> calls that ran eager for it, or were refused for it under `on_miss="error"`.
     """
 
@@ -33,6 +36,9 @@ class Stats:
     hits: int = 0
     misses: int = 0
     eager_calls: int = 0
+    captures: int = 0
+    replays: int = 0
+    graph_bytes: int = 0
     background: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
 

@@ -33,6 +33,9 @@ class LoadReport:
         warm_calls: compiled calls that were run once; 0 where none were to be.
         warm_seconds: that this took.
         too_large: what did not fit the device's memory when it was run, one line each; it stays loaded.
+        captured: kinds of UNet calls that are replayed as CUDA graphs from now on.
+        graph_bytes: device memory that the handle's graphs hold.
+        not_captured: why other kinds are not, one line each.
     """
 
     kinds: int
@@ -41,11 +44,19 @@ class LoadReport:
     warm_calls: int = 0
     warm_seconds: float = 0.0
     too_large: tuple[str, ...] = ()
+    captured: int = 0
+    graph_bytes: int = 0
+    not_captured: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         warm = f", ran {self.warm_calls} calls of them once in {self.warm_seconds:.2f} s" if self.warm_calls else ""
         large = f"; {len(self.too_large)} did not fit the memory" if self.too_large else ""
-        return f"loaded {self.regions} compiled regions in {self.load_seconds:.2f} s{warm}{large}"
+        graphs = ""
+        if self.captured:
+            graphs = f", {self.captured} kinds of UNet calls in CUDA graphs of {self.graph_bytes / 2**20:.0f} MiB"
+        if self.not_captured:
+            graphs += f", {len(self.not_captured)} in none"
+        return f"loaded {self.regions} compiled regions in {self.load_seconds:.2f} s{warm}{graphs}{large}"
 
 
 class WarmUp:

@@ -26,6 +26,8 @@ _STATS: Final = {
     "hits": "Calls of UNet and decoder that compiled graphs served.",
     "misses": "Look-ups that found a graph missing.",
     "eager_calls": "Calls of UNet and decoder that ran eager.",
+    "captures": "Kinds of UNet calls that were captured in CUDA graphs.",
+    "replays": "UNet calls that a CUDA graph served.",
 }
 
 
@@ -144,6 +146,8 @@ class Service:
         stats = [(name, engine.handle.stats) for name, engine in self.engines.items() if engine.handle is not None]
         for field, meaning in _STATS.items():
             lines += counter(f"{field}_total", meaning, [({"model": n}, getattr(s, field)) for n, s in stats])
+        held = [({"model": name}, s.graph_bytes) for name, s in stats]
+        lines += gauge("graph_bytes", "Device memory that CUDA graphs hold.", held)
         rejected = [({"model": name}, sum(dict(s.rejected).values())) for name, s in stats]
         lines += counter("rejected_total", "Calls that a reason kept from compiled graphs.", rejected)
         background = [({"model": n, "state": k}, v) for n, s in stats for k, v in sorted(dict(s.background).items())]

@@ -183,7 +183,12 @@ class Served:
     def __init__(self, lab: Lab, variant: Variant) -> None:
         self.pipe = lab.another(variant.dtype, variant.memory_format)
         store = CompileCache(Path(lab.setting.caches) / variant.name)
-        self.handle = ah.accelerate(self.pipe, hidiffusion=ah.HiDiffusionConfig(), cache=store, on_miss="error")
+        options: dict[str, Any] = {
+            "cache": store,
+            "on_miss": "error",
+            "cuda_graphs": "off",
+        }  # they are a case of their own
+        self.handle = ah.accelerate(self.pipe, hidiffusion=ah.HiDiffusionConfig(), **options)
         start = time.perf_counter()
         filled = fill(self.handle, lab.setting.all_pixels, packages_of(Path(lab.setting.carried), variant.name))
         filled_s = time.perf_counter() - start
