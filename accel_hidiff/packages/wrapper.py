@@ -27,6 +27,8 @@ _EMPTY: Final = re.compile(
 _MOVED: Final = re.compile(r"auto (\w+) = std::move\((\w+)\);")
 _VIEW: Final = re.compile(r"reinterpret_tensor_wrapper\((\w+), \d+, (int_array_\d+), (int_array_\d+), ([^()]*)\)")
 _NAMED_VIEW: Final = re.compile(r"auto (\w+) = wrap_with_raii_handle_if_needed\((reinterpret_tensor_wrapper\(.*?\))\)")
+_SAME: Final = re.compile(r"aoti_torch_new_tensor_handle\((\w+), &(\w+)\)")
+_HANDLE: Final = re.compile(r"RAIIAtenTensorHandle\((\w+)\)")
 _TRITON: Final = re.compile(r"call_(triton_\w+)\((.*)\);")
 _EXTERN: Final = re.compile(r"aoti_torch_(?:cuda|cpu)_(\w+)\((.*)\)\);")
 _SIZE_OF: Final = re.compile(r"auto (\w+)_size = \w+\.sizes\(\);")
@@ -205,6 +207,9 @@ class _Run:
         elif (moved := _MOVED.match(line)) is not None:
             if moved[2] in self._tensors:
                 self._tensors[moved[1]] = self._tensors[moved[2]]
+        elif (same := _SAME.search(line)) is not None:
+            if same[1] in self._tensors:
+                self._tensors[same[2]] = self._tensors[same[1]]
         elif (triton := _TRITON.match(line)) is not None:
             self.calls.append(Call("triton", triton[1], tuple(map(self._tensor, _split(triton[2])))))
         elif (extern := _EXTERN.search(line)) is not None:
@@ -228,7 +233,8 @@ class _Run:
         if (view := _VIEW.search(text)) is not None:
             base = self._tensors.get(view[1])
             return base and Tensor(base.name, self._arrays[view[2]], self._arrays[view[3]], base.dtype)
-        return self._tensors.get(text.strip())
+        handle = _HANDLE.fullmatch(text.strip())
+        return self._tensors.get(text.strip() if handle is None else handle[1])
 
     def _value(self, text: str) -> int:
         """A C++ expression over integers."""

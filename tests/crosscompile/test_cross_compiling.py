@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,13 @@ def graph_of(handle: Handle, path: str) -> RegionGraph:
 def compile_region(tmp_path: Path) -> Compile:
     """Compiles a region of the demo model in this process, into a cache of its own."""
 
-    def compiled(path: str, asked_for: Target = TARGET, model: str = MODEL) -> tuple[Entry, PackageFacts]:
+    def compiled(
+        path: str, asked_for: Target = TARGET, model: str = MODEL, wide: bool = False
+    ) -> tuple[Entry, PackageFacts]:
         folder = tmp_path / f"session{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         handle = skeleton(tmp_path / "cache", model=model)
-        graph = graph_of(handle, path)
+        graph = replace(graph_of(handle, path), wide=wide)
         with (
             fresh_cache(),  # nothing of another test
             Session(TARGET, folder) as session,
@@ -113,6 +116,20 @@ class TestSoundPackages:
     def test_windowed_attention_is_fused(self, compile_region: Compile) -> None:
         _, facts = compile_region(WINDOWED)
         assert facts.externs["_scaled_dot_product_cudnn_attention"] == 2
+
+    @pytest.mark.parametrize("path", [RESNET, WINDOWED])
+    def test_no_kernel_turns_an_image_or_works_out_where_a_token_goes(self, compile_region: Compile, path: str) -> None:
+        """One layout from the first norm to the result, 32-bit indices, and the window order out of its tables."""
+        _, facts = compile_region(path)
+        kernels = facts.kernels.values()
+        assert kernels and not any(kernel.transposes or kernel.int64 for kernel in kernels)
+        assert max(kernel.divisions for kernel in kernels) <= 1
+
+    def test_a_call_of_large_tensors_has_64_bit_indices(self, compile_region: Compile) -> None:
+        """Its graph is another one: a batch of 8 of 1280 channels, 512 x 512, has more than 2^31 numbers."""
+        path = "unet.mid_block.resnets.0"
+        found = [compile_region(path, model="arch:sdxl", wide=wide)[1].kernels.values() for wide in (False, True)]
+        assert [any(kernel.int64 for kernel in kernels) for kernels in found] == [False, True]
 
     def test_a_decoders_wide_head_writes_no_scores(self, compile_region: Compile) -> None:
         _, facts = compile_region(DECODER, model="arch:sdxl")

@@ -12,7 +12,7 @@ from accel_hidiff.errors import CompileFailed
 from accel_hidiff.packages.archive import read_archive, rewrite
 from accel_hidiff.packages.facts import read_package
 from accel_hidiff.packages.kernels import KernelFacts, traffic
-from accel_hidiff.packages.wrapper import Call, Kernel, Tensor
+from accel_hidiff.packages.wrapper import Call, Kernel, Tensor, read_wrapper
 from tests.packages.conftest import Stored
 
 
@@ -137,3 +137,21 @@ def test_a_source_of_another_form_is_named(resnet: Stored, tmp_path: Path) -> No
             new.writestr(name, data)
     with pytest.raises(CompileFailed, match="without run_impl"):
         read_package(changed, resnet.notes["inputs"])
+
+
+def test_an_operator_takes_a_tensor_under_another_name() -> None:
+    """As torch writes it where one tensor has several readers: a new handle on it."""
+    source = (
+        "run_impl(\n"
+        "auto arg0_1 = std::move(inputs[0]);\n"
+        "auto arg1_1 = std::move(inputs[1]);\n"
+        "const int64_t int_array_0[] = {8L, 16L};\n"
+        "AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, int_array_0, int_array_0, cached_torch_dtype_bfloat16,"
+        " cached_torch_device_type_cuda, this->device_idx_, &buf0_handle));\n"
+        "AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(arg0_1, &tmp_arg0_1_0));\n"
+        "AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(buf0, RAIIAtenTensorHandle(tmp_arg0_1_0), arg1_1));\n"
+    )
+    inputs = [((8, 32), "torch.bfloat16", (32, 1)), ((32, 16), "torch.bfloat16", (16, 1))]
+    (call,) = read_wrapper(source, inputs).calls
+    assert [tensor and tensor.sizes for tensor in call.arguments] == [(8, 32), (32, 16)]
+    assert call.out is not None and call.out.sizes == (8, 16)
