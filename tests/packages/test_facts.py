@@ -142,7 +142,7 @@ def test_a_source_of_another_form_is_named(resnet: Stored, tmp_path: Path) -> No
 def test_an_operator_takes_a_tensor_under_another_name() -> None:
     """As torch writes it where one tensor has several readers: a new handle on it."""
     source = (
-        "run_impl(\n"
+        "void AOTInductorModel::run_impl(\n"
         "auto arg0_1 = std::move(inputs[0]);\n"
         "auto arg1_1 = std::move(inputs[1]);\n"
         "const int64_t int_array_0[] = {8L, 16L};\n"
