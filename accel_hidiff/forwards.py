@@ -63,7 +63,7 @@ def window_frame(inner: Forward, scope: CallScope, first: int, count: int) -> Fo
         height, width = hidden_states.shape[-2:]
         shifts = call.shifts_of(first, count)
         assert shifts is not None, "a windowed call has shifts"
-        tables = call.tables_of(first, len(hidden_states), (height, width), hidden_states.device)
+        tables = call.tables_of(first, hidden_states.shape[0], (height, width), hidden_states.device)
         call.window = Window(height, width, shifts, tables)
         try:
             return inner(hidden_states, *args, **kwargs)

@@ -131,7 +131,7 @@ class TransformerRegion(Region):
         if self._window_index is None or call is None or call.shifts is None:
             return (compiled(args[0], text),)
         image, shifts = args[0], call.shifts_of(self._window_index, self._blocks)
-        tables = call.tables_of(self._window_index, len(image), image.shape[-2:], image.device)
+        tables = call.tables_of(self._window_index, image.shape[0], image.shape[-2:], image.device)
         return (compiled(image, text, shifts, tables),)
 
 
