@@ -140,7 +140,8 @@ def test_lightning_runs_at_lambda_one_and_zero_is_the_unconditional_model(one_th
     pipe = build(scheduler="DDIMScheduler")
     want = generate(pipe, prompt="", negative_prompt="")
     ah.apply_cfgpp(pipe, 0.0)
-    assert close(generate(pipe, negative_prompt=""), want)
+    # Two predictions of one prompt differ by rounding, as the processor has it, and guidance multiplies that in `want`.
+    assert close(generate(pipe, negative_prompt=""), want, 1e-4)
 
 
 class TestRemoval:
