@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from accel_hidiff.config import FAMILIES, check_choice
@@ -126,6 +127,14 @@ def feature_sizes(layout: Layout, family: Family, height: int, width: int, topol
         topology: pooled and dilated move sizes, windowed does not.
     """
     return dict(_walked("module", layout, family, height, width, topology))
+
+
+@lru_cache(maxsize=256)
+def window_sizes(layout: Layout, family: Family, height: int, width: int, topology: Topology) -> tuple[Size, ...]:
+    """The (height, width) of the feature map of each windowed transformer, in call order; asked for at every call."""
+    levels = tuple(f"{level}.attentions." for level in family.windowed_levels)
+    features = feature_sizes(layout, family, height, width, topology)
+    return tuple(size for path, size in features.items() if path.startswith(levels))
 
 
 def skip_sizes(layout: Layout, family: Family, height: int, width: int, topology: Topology) -> list[Size]:

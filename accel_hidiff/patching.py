@@ -23,7 +23,7 @@ from accel_hidiff.config import HiDiffusionConfig, check_pixels, check_steps
 from accel_hidiff.control import at_trained_scale, find_controlnets, fitted
 from accel_hidiff.entrance import Entered, enter_alone, run_before
 from accel_hidiff.errors import AccelHiDiffError, BadInput, NoPhase, NotAPipeline, PatchConflict, SizeWarning
-from accel_hidiff.families import Family, Layout, feature_sizes
+from accel_hidiff.families import Family, window_sizes
 from accel_hidiff.forwards import (
     Forward,
     dilated,
@@ -38,7 +38,6 @@ from accel_hidiff.recognize import Recognized, recognize
 from accel_hidiff.schedule import LATENT_CELL, PhasePlan, controls, plan_latent, plan_pixels, running_steps
 from accel_hidiff.shifts import ShiftLayout, check_shifts, window_shifts
 from accel_hidiff.sizes import control_size, odd_window_notice, suggest_latent
-from accel_hidiff.topology import Topology
 from accel_hidiff.undo import UndoLog, is_installed, refuse_copy
 from accel_hidiff.windows import window_tables
 
@@ -58,6 +57,7 @@ class Patch:
         controlnets: the pipeline's ControlNets by path; they run at their trained scale.
         windowed_blocks: module paths of the windowed transformer blocks in call order; `window_shifts` has one entry
             for each.
+        shift_layout: how many windowed blocks each windowed transformer has, and where a step's shifts lie.
     """
 
     def __init__(self, pipe: Any, unet: UNet2DConditionModel, model: Recognized) -> None:
@@ -79,7 +79,7 @@ class Patch:
             for path, transformer in self.windowed_transformers
             for index in range(len(transformer.transformer_blocks))
         )
-        self._shift_layout = ShiftLayout(tuple(len(one.transformer_blocks) for _, one in self.windowed_transformers))
+        self.shift_layout = ShiftLayout(tuple(len(one.transformer_blocks) for _, one in self.windowed_transformers))
         self._undo = UndoLog()
         self._entered: Entered | None = None
         self._request = _Request()
@@ -266,8 +266,8 @@ class Patch:
         if not topology.windowed:
             return UNetCall(topology), controlled
         self._warn_of_odd_windows(plan, height, width)
-        layout, device = self._shift_layout, sample.device
-        sizes = _window_sizes(self.layout, self.family, height, width, topology)
+        layout, device = self.shift_layout, sample.device
+        sizes = window_sizes(self.layout, self.family, height, width, topology)
         tables = {(len(sample), *size): window_tables(len(sample), *size, device) for size in sizes}
         if shifts is not None:
             (laid_out,) = _on_device((shifts,), layout, device)
@@ -435,16 +435,6 @@ def _windowed_transformers(unet: UNet2DConditionModel, family: Family) -> tuple[
         for level in family.windowed_levels
         for index, transformer in enumerate(unet.get_submodule(level).attentions)
     )
-
-
-@lru_cache(maxsize=256)
-def _window_sizes(
-    layout: Layout, family: Family, height: int, width: int, topology: Topology
-) -> tuple[tuple[int, int], ...]:
-    """The sizes of the feature maps that are windowed in a call of a latent size, each once."""
-    features = feature_sizes(layout, family, height, width, topology)
-    levels = tuple(f"{level}.attentions." for level in family.windowed_levels)
-    return tuple(dict.fromkeys(size for path, size in features.items() if path.startswith(levels)))
 
 
 class _Shifts(NamedTuple):

@@ -83,8 +83,7 @@ class ServedUNet:
         patch.runner = self.run
         unet = patch.unet
         if self.whole:
-            windowed = {path: len(module.transformer_blocks) for path, module in patch.windowed_transformers}
-            self.regions = [UNetRegion(UNET, unet, unet.forward, patch.scope, windowed, patch.family)]
+            self.regions = [UNetRegion(UNET, unet, unet.forward, patch.scope, patch.shift_layout, patch.family)]
         else:
             self.regions = install_blocks(self.dispatcher, UNET, unet, patch, undo)
         self.dispatcher.register(UNET, unet, self.regions)

@@ -13,7 +13,6 @@ For each package also: passes over its widest token or image (bytes over the byt
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +67,35 @@ def predictions(handle: Handle, side: int) -> list[dict[str, Any]]:
     calls = {str(phase.topology): handle._graphs.unet(phase.topology, side, side, BATCH) for phase in phases}
     calls["decoder"] = handle._graphs.decoder(side, side, 1)
     for name, graphs in calls.items():
-        total, kinds = Work(), Counter[str]()
-        first: dict[str, dict[str, Any]] = {}
+        alike: dict[tuple[Path, int, int], list[tuple[RegionGraph, Sizes]]] = {}
         for graph, sizes in graphs:
-            facts, digest = read(handle, graph, sizes)
+            place = package_of(handle, graph), sizes["height"], sizes["width"]
+            alike.setdefault(place, []).append((graph, sizes))
+        total = Work()
+        for (package, *_), same in alike.items():
+            graph, sizes = same[0]
+            facts = read(package, graph, sizes)
             work = work_of(facts)
-            total += work
-            which = f"{digest} {sizes['height']}x{sizes['width']}"
-            kinds[which] += 1
-            first.setdefault(which, _row(graph, sizes, facts, work))
-        rows += [{"call": name, **row, "times": kinds[which]} for which, row in first.items()]
+            total += work * len(same)
+            rows.append({"call": name, **_row(graph, sizes, facts, work), "times": len(same)})
         rows.append({"call": name, "regions": len(graphs), **_rounded(total.milliseconds(H200))})
     return rows
 
 
-def read(handle: Handle, graph: RegionGraph, sizes: Sizes) -> tuple[PackageFacts, str]:
-    """A graph's package, read for the inputs of a call; and the digest of its file."""
+def package_of(handle: Handle, graph: RegionGraph) -> Path:
+    """Where the package of a graph lies; equal ones at one place."""
     binder = handle._dispatcher.binder
     entry = binder.entry(binder.key(graph))
     if entry is None:
         raise h.WrongOutput(f"{graph.region.path}: expected a package in the cache, found none")
+    return entry.path / "package.pt2"
+
+
+def read(package: Path, graph: RegionGraph, sizes: Sizes) -> PackageFacts:
+    """A graph's package, read for the inputs of a call."""
     example = graph.region.example(graph.traits, sizes, graph.dtype, torch.device("meta"))
     inputs = [(tuple(tensor.shape), str(tensor.dtype), tensor.stride()) for tensor in example]
-    return read_package(entry.path / "package.pt2", inputs), entry.files["package.pt2"].sha256[:12]
+    return read_package(package, inputs)
 
 
 def _row(graph: RegionGraph, sizes: Sizes, facts: PackageFacts, work: Work) -> dict[str, Any]:

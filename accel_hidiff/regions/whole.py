@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from accel_hidiff.call import CallScope, RegionCall, UNetCall
 from accel_hidiff.control import DOWN, MID
-from accel_hidiff.families import Family, Layout, Size, feature_sizes, skip_sizes
+from accel_hidiff.families import Family, Layout, Size, skip_sizes, window_sizes
 from accel_hidiff.regions.base import BATCH, LATENT_SIDE, Axes, Forward, GraphModule, Region, Share, Sizes
 from accel_hidiff.schedule import LATENT_CELL
+from accel_hidiff.shifts import ShiftLayout
 from accel_hidiff.topology import Topology
 from accel_hidiff.windows import make_window_tables
 from compile_cache import Range
@@ -85,12 +85,12 @@ class UNetRegion(_Whole):
         module: UNet2DConditionModel,
         inner: Forward,
         scope: CallScope,
-        windowed: Mapping[str, int],
+        shift_layout: ShiftLayout,
         family: Family,
     ) -> None:
         super().__init__(path, module, inner)
         self.scope = scope
-        self._windowed = windowed
+        self._shift_layout = shift_layout
         self._family = family
         self._layout = Layout.from_config(module.config)
 
@@ -104,14 +104,9 @@ class UNetRegion(_Whole):
         side = 2 * LATENT_SIDE.multiple
         tables: Axes = tuple(
             {1: "batch", 2: Share("height", side // height), 3: Share("width", side // width)}
-            for height, width in self._window_sizes(side, side, topology)
+            for height, width in window_sizes(self._layout, self._family, side, side, topology)
         )
         return (*self._common_axes(), {}, *tables)
-
-    def _window_sizes(self, height: int, width: int, topology: Topology) -> list[Size]:
-        """The feature sizes of the windowed transformers in a call of a latent size."""
-        features = feature_sizes(self._layout, self._family, height, width, topology)
-        return [features[path] for path in self._windowed]
 
     def ranges(self, traits: Mapping[str, Any]) -> dict[str, Range]:
         # Skips have sizes of their own, halved and rounded up: with residuals every size is exact.
@@ -127,15 +122,10 @@ class UNetRegion(_Whole):
             for channels, (height, width) in zip(self._skip_channels(), [*skips, skips[-1]], strict=True):
                 inputs.append(torch.randn(sizes["batch"], channels, height, width, dtype=dtype, device=device))
         if topology.windowed:
-            inputs.append(torch.arange(sum(self._windowed.values()), device=device) % 4)
-            found = self._window_sizes(sizes["height"], sizes["width"], topology)
+            inputs.append(torch.arange(self._shift_layout.blocks, device=device) % 4)
+            found = window_sizes(self._layout, self._family, sizes["height"], sizes["width"], topology)
             inputs += [make_window_tables(sizes["batch"], *size, device) for size in found]
         return tuple(inputs)
-
-    @property
-    def _firsts(self) -> list[int]:
-        """The number of each windowed transformer's first windowed block."""
-        return [0, *accumulate(self._windowed.values())][:-1]
 
     def _skip_channels(self) -> list[int]:
         """Channels of every skip connection, then of the mid block."""
@@ -156,8 +146,9 @@ class UNetRegion(_Whole):
             shifts: Tensor | None = None
             tables: dict[int, Tensor] = {}
             if topology.windowed:
-                rest, (shifts, *ordered) = rest[: -1 - len(self._windowed)], rest[-1 - len(self._windowed) :]
-                tables = dict(zip(self._firsts, ordered, strict=True))
+                firsts = self._shift_layout.places
+                rest, (shifts, *ordered) = rest[: -1 - len(firsts)], rest[-1 - len(firsts) :]
+                tables = dict(zip(firsts, ordered, strict=True))
             if traits["controlled"]:
                 kwargs |= {DOWN: tuple(rest[:-1]), MID: rest[-1]}
             with scope.opened(UNetCall(topology, shifts, tables_from=tables)):
@@ -174,8 +165,8 @@ class UNetRegion(_Whole):
         if call is not None and call.shifts is not None:
             inputs.append(call.shifts)
             height, width = sample.shape[-2:]
-            found = self._window_sizes(height, width, call.topology)
-            where = zip(self._firsts, found, strict=True)
+            found = window_sizes(self._layout, self._family, height, width, call.topology)
+            where = zip(self._shift_layout.places, found, strict=True)
             inputs += [call.tables_of(first, len(sample), size, sample.device) for first, size in where]
         return compiled(*inputs)
 

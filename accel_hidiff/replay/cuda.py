@@ -12,9 +12,8 @@ from torch import Tensor
 from accel_hidiff.device import CAPTURE, device_index, on_device, release_memory, wait_for
 
 _BROKEN: Final[list[Any]] = []  # graphs whose capture did not end: torch's allocators may look at them ever after
-_WARM_RUNS: Final = (
-    2  # on the stream of the capture: cuBLAS's workspace of a stream, cuDNN's plans, kernels loaded late
-)
+# On the stream of the capture: cuBLAS's workspace of a stream, cuDNN's plans, kernels loaded late.
+_WARM_RUNS: Final = 2
 
 
 class CudaCapturer:
