@@ -212,7 +212,7 @@ def test_timesteps_of_every_form(xl: Served, timestep: Any, flows: bool, no_bloc
 
 
 def test_conditions_of_another_dtype_are_not_rounded(xl: Served, no_blocks: Callable[[], int]) -> None:
-    """Sizes in pixels are no numbers of bfloat16: a call that gives them in float32 gets what eager computes of them."""
+    """Sizes in pixels are no numbers of bfloat16: given in float32, they stay in it."""
     positional, named = xl.given(16, 16)
     named["added_cond_kwargs"]["time_ids"] = named["added_cond_kwargs"]["time_ids"].double()
     xl.fill(0, 16, 16, 2)
