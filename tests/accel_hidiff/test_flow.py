@@ -29,8 +29,9 @@ BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpB
 class Served:
     """A pipeline whose UNet calls run its regions, uncompiled, and a patched one of the same weights."""
 
-    def __init__(self, family: str) -> None:
-        self.handle = ah.accelerate(models.build(family, "text2img"), backend="eager", hidiffusion=CONFIG)
+    def __init__(self, family: str, pipe: Any = None) -> None:
+        pipe = pipe or models.build(family, "text2img")
+        self.handle = ah.accelerate(pipe, backend="eager", hidiffusion=CONFIG)
         self.unet = self.handle.pipe.unet
         self.eager = models.build(family, "text2img").unet
         self.patch = ah.apply_hidiffusion(self.eager, config=CONFIG, family=self.handle.patch.family.name)
@@ -179,6 +180,16 @@ def test_another_forward_of_a_block_is_called(xl: Served) -> None:
     inner, seen = block.forward, []
     block.forward = lambda *args, **kwargs: seen.append(1) or inner(*args, **kwargs)
     got, want = xl.both(STEPS - 1, 16, 16)
+    assert relative_difference(got, want) < 1e-5
+    assert seen == [1]
+
+
+def test_a_forward_that_was_there_before_is_called() -> None:
+    pipe = models.build("sdxl", "text2img")
+    inner, seen = pipe.unet.forward, []
+    pipe.unet.forward = lambda *args, **kwargs: seen.append(1) or inner(*args, **kwargs)
+    served = Served("sdxl", pipe)
+    got, want = served.both(STEPS - 1, 16, 16)
     assert relative_difference(got, want) < 1e-5
     assert seen == [1]
 
