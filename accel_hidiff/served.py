@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -59,6 +60,7 @@ from accel_hidiff.replay.inputs import StepInputs, zero_inputs
 from accel_hidiff.schedule import LATENT_CELL
 from accel_hidiff.topology import PLAIN, Topology
 from accel_hidiff.undo import UndoLog
+from compile_cache import UnstableFactor
 
 LOG: Final = logging.getLogger("accel_hidiff")
 
@@ -76,6 +78,7 @@ class ServedUNet:
         self.whole = regions == "whole"
         self.regions: list[Region] = []
         self._patch: Patch | None = None
+        self._between: list[Region] = []
         self._flow: Flow | None = None
         self._cleared: tuple[object, bool] = None, False
 
@@ -96,7 +99,8 @@ class ServedUNet:
             skips = skip_channels(unet)
             self.regions = install_blocks(self.dispatcher, UNET, unet, patch, undo, skips)
             if skips is not None:
-                self.regions += between_blocks(unet, patch)
+                self._between = between_blocks(unet, patch)
+                self.regions += self._between
                 if getattr(unet.forward, "__func__", None) is type(unet).forward:  # else whoever replaced it is called
                     self._flow = Flow(UNET, unet, {region.path: region for region in self.regions}, patch.family)
         self.dispatcher.register(UNET, unet, self.regions)
@@ -200,8 +204,20 @@ class ServedUNet:
         def graph(region: Region, sizes: Sizes) -> RegionGraph:
             return self.dispatcher.binder.graph(region, topology, sizes, dtype, device, controlled)
 
-        regions = [region for region in self.regions if region.serves(named, topology)]
+        regions = [region for region in self._regions() if region.serves(named, topology)]
         return _graphs_of(regions, patch, named, batch, tokens, graph)
+
+    def _regions(self) -> list[Region]:
+        """Those that calls run: without the ones between its blocks where one of these is not its own any more, so that
+        diffusers' forwards run there what somebody has put in their place."""
+        if self._flow is not None:
+            own = self.patch.function_ids()
+            for region in self._between:
+                region.own_forwards = own
+            with suppress(UnstableFactor):
+                if all(region.structure for region in self._between):
+                    return self.regions
+        return [region for region in self.regions if region not in self._between]
 
 
 class ServedControlNet:

@@ -61,7 +61,9 @@ class TestGroupNorm:
         numbers = torch.randn(2, channels, generator=draw) if affine else (None, None)
         want = F.group_norm(image.double(), groups, *(None if one is None else one.double() for one in numbers), 1e-5)
         got = group_norm(image, groups, *numbers, 1e-5)
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5)
+        # Two numbers of a group may lie so close that their difference has few digits left, in torch's own norm too.
+        torchs = (F.group_norm(image, groups, *numbers, 1e-5).double() - want).abs().max().item()
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5 + 4 * torchs)
         assert got.movedim(1, -1).is_contiguous(), "channels lie beside each other"
 
     def test_a_large_mean_costs_no_digits(self) -> None:

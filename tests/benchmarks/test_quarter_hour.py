@@ -30,6 +30,7 @@ from benchmarks.gpu.programme import BY_NAME, STAGES, Stage, Task, chosen, progr
 from benchmarks.gpu.quarter_hour import main
 from benchmarks.gpu.setting import FULL, TINY, TOPOLOGIES, Setting, Variant
 from benchmarks.gpu.supervisor import Supervisor
+from tests.conftest import ARTIFACTS
 
 HEAD = Variant("head", "float32", "channels_last")
 
@@ -517,7 +518,8 @@ def test_a_dry_run(tmp_path: Path) -> None:
     found = {line.stage: line.figures for line in lines if line.event == DONE}
     skipped = {line.reason for line in lines if line.event == SKIPPED}
     assert set(found) == set(BY_NAME) - {"graphs", "memory"} and len(skipped) == 3
-    assert found["load"]["packages"] == found["load"]["same_keys"] == 6 and found["load"]["warm_calls"] > 20
+    assert found["load"]["packages"] == found["load"]["same_keys"] == ARTIFACTS
+    assert found["load"]["warm_calls"] > 20
     steps = [(line.figures, line.case.get("tree", "tiny")) for line in lines if line.stage == "steps"]
     assert [name for _, name in steps] == ["tiny"] * 6 + ["again"] * 6
     for figures, name in steps:

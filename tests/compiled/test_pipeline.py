@@ -21,6 +21,7 @@ from tests.compiled.conftest import (
     request,
     unet_inputs,
 )
+from tests.conftest import ARTIFACTS, BOUND
 
 TOLERANCE = 1e-3
 
@@ -68,20 +69,20 @@ def test_images_equal_patched_eager(strict: Any, make_pipe: Any, guidance_scale:
 
 def test_artifacts_are_shared_over_blocks_phases_sizes_and_batches(precompiled: Any) -> None:
     _, report = precompiled
-    assert report.compiled == report.artifacts == 6  # 3 resnets, windowed and plain transformer, VAE decoder
+    assert report.compiled == report.artifacts == ARTIFACTS
     assert report.graphs == 3 * (2 * 3 + 1)  # sizes x (batches x topologies + decoder)
 
 
 def test_a_warm_start_loads_and_compiles_nothing(make_pipe: Any, cache_dir: Path) -> None:
     handle = accelerate_strict(make_pipe(), cache_dir)
-    with handle.stats.expect(compiles=0, misses=0, loads=6, bindings=29, hits=STEPS + 1):
+    with handle.stats.expect(compiles=0, misses=0, loads=ARTIFACTS, bindings=BOUND, hits=STEPS + 1):
         request(handle.pipe, output_type="np")
     with handle.stats.expect(loads=0, bindings=0, hits=STEPS):
         request(handle.pipe, 256, 128)
 
 
 def test_load_makes_the_first_request_find_everything_ready(strict: Any) -> None:
-    with strict.stats.expect(loads=6, bindings=29, hits=0):
+    with strict.stats.expect(loads=ARTIFACTS, bindings=BOUND, hits=0):
         strict.load(SIZES, STEPS)
     assert {row.state for row in strict.explain(128, 192, STEPS).rows} == {"loaded"}
     with strict.stats.expect(loads=0, bindings=0, compiles=0):
@@ -90,7 +91,7 @@ def test_load_makes_the_first_request_find_everything_ready(strict: Any) -> None
 
 def test_precompiling_again_compiles_nothing(strict: Any) -> None:
     report = strict.precompile(SIZES, STEPS)
-    assert (report.compiled, report.found) == (0, 6)
+    assert (report.compiled, report.found) == (0, ARTIFACTS)
 
 
 def test_another_checkpoint_of_the_architecture_uses_the_same_artifacts(make_pipe: Any, cache_dir: Path) -> None:
@@ -132,7 +133,7 @@ def test_remove_gives_programs_and_descriptors_back_at_once(make_pipe: Any, cach
         for _ in range(3):
             handle = accelerate_strict(pipe, cache_dir)
             request(pipe, output_type="np")
-            assert process.num_fds() >= before + 6
+            assert process.num_fds() >= before + ARTIFACTS
             handle.remove()
             assert process.num_fds() == before
     finally:
@@ -174,7 +175,7 @@ def test_replaced_weights_are_bound_anew(strict: Any, make_pipe: Any) -> None:
     ah.apply_hidiffusion(eager)
     strict.pipe.unet.load_state_dict(other.unet.state_dict(), assign=True)
     strict.pipe.text_encoder, strict.pipe.text_encoder_2 = other.text_encoder, other.text_encoder_2
-    with strict.stats.expect(compiles=0, bindings=28):
+    with strict.stats.expect(compiles=0, bindings=BOUND - 1):
         got = request(strict.pipe)
     assert relative_difference(got, request(eager)) < 5e-3
 
@@ -205,7 +206,7 @@ def test_explain_tells_what_is_missing_and_why(make_pipe: Any, tmp_path: Path) -
     handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=tmp_path / "empty")
     explanation = handle.explain(128, 192, STEPS)
     assert not explanation.ready
-    assert explanation.rows[0].state == "missing 5 of 5 artifacts"
+    assert explanation.rows[0].state == "missing 9 of 9 artifacts"
     assert "holds no entries" in str(explanation)
     assert not (tmp_path / "empty").exists()
 

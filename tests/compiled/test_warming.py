@@ -15,7 +15,7 @@ import accel_hidiff as ah
 from accel_hidiff.backends import aot
 from accel_hidiff.backends.base import BoundRegion
 from tests.compiled.conftest import accelerate_strict, request
-from tests.conftest import SIZES, STEPS
+from tests.conftest import BOUND, SIZES, STEPS
 
 Call = tuple[str, tuple[tuple[int, ...], ...]]  # key of the program, shapes of its inputs
 
@@ -58,25 +58,25 @@ def test_every_region_and_every_size_of_a_program_was_called_before_the_first_re
     handle: Any, calls: Calls, caplog: pytest.LogCaptureFixture
 ) -> None:
     seed = torch.get_rng_state()
-    with caplog.at_level(logging.INFO), handle.stats.expect(bindings=29, hits=0, eager_calls=0):
+    with caplog.at_level(logging.INFO), handle.stats.expect(bindings=BOUND, hits=0, eager_calls=0):
         report = handle.load(SIZES, STEPS, warm=True)
     assert torch.equal(torch.get_rng_state(), seed)
-    assert (report.regions, report.warm_calls, report.too_large) == (29, len(calls.made), ())
+    assert (report.regions, report.warm_calls, report.too_large) == (BOUND, len(calls.made), ())
     assert report.load_seconds > 0 and report.warm_seconds > 0
     assert str(report) in caplog.text and f"ran {len(calls.made)} calls of them once" in str(report)
     warmed = {path for path, _, _ in calls.made}, {call for _, call, _ in calls.made}
-    assert len(calls.made) < 29 * len(SIZES) * 2  # a program that many regions share runs once at each size
+    assert len(calls.made) < BOUND * len(SIZES) * 2  # a program that many regions share runs once at each size
     assert {thread for _, _, thread in calls.made} == {threading.get_ident()}
     calls.made.clear()
     for height, width in SIZES:
         request(handle.pipe, height, width, output_type="np")
-    assert {path for path, _, _ in calls.made} <= warmed[0] and len(warmed[0]) == 29
+    assert {path for path, _, _ in calls.made} <= warmed[0] and len(warmed[0]) == BOUND
     assert {call for _, call, _ in calls.made} <= warmed[1]
 
 
 def test_on_the_cpu_nothing_is_run_unless_it_is_asked_for(handle: Any, calls: Calls) -> None:
     report = handle.load(SIZES, STEPS)
-    assert (report.regions, report.warm_calls, report.warm_seconds) == (29, 0, pytest.approx(0, abs=0.05))
+    assert (report.regions, report.warm_calls, report.warm_seconds) == (BOUND, 0, pytest.approx(0, abs=0.05))
     assert calls.made == [] and "ran" not in str(report)
 
 

@@ -53,7 +53,7 @@ def test_equal_regions_share_a_program(sdxl: Pair) -> None:
         for graph, _ in sdxl.handle._graphs.unet(phase.topology, *size, 2)
         for binder in (sdxl.handle._dispatcher.binder,)
     }
-    assert sdxl.handle.stats.compiles == len(graphs) + len(SIZES) < 28 * len(SIZES)
+    assert sdxl.handle.stats.compiles == len(graphs) + len(SIZES) < 34 * len(SIZES)
     assert sdxl.handle.stats.bindings > sdxl.handle.stats.compiles
 
 

@@ -16,7 +16,7 @@ import torch
 
 import accel_hidiff as ah
 from accel_hidiff.serving.schema import ERROR, IMAGES
-from tests.conftest import STEPS
+from tests.conftest import ARTIFACTS, STEPS
 from tests.serving.client import GENERATIONS, SIZES, RunningService, asked, error_of, events, pixels, until
 from tests.serving.conftest import MAX_STEPS
 
@@ -262,7 +262,7 @@ class TestMetrics:
 
     def test_the_graphs_and_the_cache(self, service: RunningService) -> None:
         assert service.metric("ready", model="tiny") == 1
-        assert service.metric("graphs", model="tiny") == service.metric("loads_total", model="tiny") == 6
+        assert service.metric("graphs", model="tiny") == service.metric("loads_total", model="tiny") == ARTIFACTS
         assert service.metric("graphs_missing", model="tiny") == service.metric("compiles_total", model="tiny") == 0
         text = service.client.get("/metrics").text
         assert "compile_cache_hits_total{" in text

@@ -20,6 +20,7 @@ import pytest
 import accel_hidiff as ah
 from compile_cache import CompileCache
 from tests.compiled.test_background import without
+from tests.conftest import ARTIFACTS
 from tests.serving.client import RunningService, asked, error_of, session, until, write_deploy_file
 
 LONG = {"steps": 1000, "n": 4}
@@ -124,7 +125,7 @@ class TestMissingGraphs:
     ) -> None:
         without(own_cache, "decoder", shared=False)
         with RunningService(write_deploy_file(tmp_path, own_cache, models)) as service:
-            until(lambda: service.client.get("/healthz").json()["models"]["tiny"]["graphs"] == 6, 60, service)
+            until(lambda: service.client.get("/healthz").json()["models"]["tiny"]["graphs"] == ARTIFACTS, 60, service)
             until(
                 lambda: service.metric("ready") == 0 and service.draw().json()["error"]["code"] == "graph_missing", 30
             )
@@ -144,7 +145,7 @@ class TestMissingGraphs:
         without(own_cache, "resnet")
         models["tiny"]["on_miss"] = "background"
         with RunningService(write_deploy_file(tmp_path, own_cache, models, {"max_steps": 1000})) as service:
-            until(lambda: service.client.get("/healthz").json()["models"]["tiny"]["graphs"] == 6, 60, service)
+            until(lambda: service.client.get("/healthz").json()["models"]["tiny"]["graphs"] == ARTIFACTS, 60, service)
             eager = until(lambda: (answer := service.draw()).status_code == 200 and answer.json(), 30)
             assert eager["served"] == {"compiled": 1, "eager": 3}
             assert len(session(service.popen.pid)) == 2  # the service and one compiling process
