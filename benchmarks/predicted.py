@@ -8,17 +8,25 @@ eager between the regions is not in it: samplers, concatenations, the first and 
 
 For each package also: passes over its widest token or image (bytes over the bytes of the region's output), kernels with
 64-bit indices, run-time divisions, transposing kernels. Needs the extra `cuda-build` unless the cache is filled.
+
+`--packages` reads packages of the UNet's regions that something else made, by other means or of another commit: a
+folder with them and `rows.json`, a list of {"file", "path", "inputs"}, one for each region that is unlike those before:
+its path, and (sizes, dtype, strides) of the inputs that it was traced with.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import accel_hidiff as ah
+from accel_hidiff.binder import Graphs
 from accel_hidiff.crosscompile.requirements import look
 from accel_hidiff.models import load_skeleton
 from accel_hidiff.packages.facts import PackageFacts, read_package
@@ -29,6 +37,9 @@ from accel_hidiff.target import Target
 from benchmarks import harness as h
 from compile_cache import CompileCache
 
+Inputs = Sequence[tuple[Sequence[int], str, Sequence[int]]]  # (sizes, dtype, strides) of each
+Read = Callable[[RegionGraph, Sizes], PackageFacts]
+
 SIDE = 2048
 STEPS = 30
 BATCH = 2
@@ -38,14 +49,21 @@ def main() -> None:
     parser = h.arguments(__doc__)
     parser.add_argument("--target", default="sm_90", help="what to compile for")
     parser.add_argument("--cache", type=Path, help="a compile cache to fill, or a filled one")
+    parser.add_argument("--packages", type=Path, help="a folder of packages that something else made")
     parser.add_argument("--model", default="arch:sdxl", help="an architecture or a diffusers folder")
     options = h.parsed(parser)
     report = h.Report(options.out, options.tiny)
     side = 256 if options.tiny else SIDE
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         handle = skeleton(options.model, options.target, options.cache or Path(scratch))
-        handle.precompile([(side, side)], STEPS, batch_sizes=(BATCH,), jobs=2)
-        for row in predictions(handle, side):
+        if options.packages is None:
+            handle.precompile([(side, side)], STEPS, batch_sizes=(BATCH,), jobs=2)
+            found = {**unet_calls(handle, side), "decoder": handle._graphs.decoder(side, side, 1)}
+            reader: Read = partial(read, handle)
+        else:
+            found = unet_calls(handle, side)
+            reader = Folder(options.packages, found).read
+        for row in predictions(found, reader):
             report.add(**row)
 
 
@@ -60,26 +78,58 @@ def skeleton(model: str, target: str, cache: Path) -> Handle:
     return handle
 
 
-def predictions(handle: Handle, side: int) -> list[dict[str, Any]]:
-    """A row for each distinct package of each kind of call, and one for the call."""
+def unet_calls(handle: Handle, side: int) -> dict[str, Graphs]:
+    """The graphs of each kind of call of the UNet, by its topology."""
+    topologies = dict.fromkeys(phase.topology for phase in handle.patch.plan(side, side, STEPS))
+    return {str(topology): handle._graphs.unet(topology, side, side, BATCH) for topology in topologies}
+
+
+def predictions(calls: Mapping[str, Graphs], read_one: Read) -> list[dict[str, Any]]:
+    """A row for each distinct graph and size of each kind of call, and one for the call."""
     rows = []
-    phases = handle.patch.plan(side, side, STEPS)
-    calls = {str(phase.topology): handle._graphs.unet(phase.topology, side, side, BATCH) for phase in phases}
-    calls["decoder"] = handle._graphs.decoder(side, side, 1)
     for name, graphs in calls.items():
-        alike: dict[tuple[Path, int, int], list[tuple[RegionGraph, Sizes]]] = {}
+        alike: dict[tuple[Any, ...], list[tuple[RegionGraph, Sizes]]] = {}
         for graph, sizes in graphs:
-            place = package_of(handle, graph), sizes["height"], sizes["width"]
-            alike.setdefault(place, []).append((graph, sizes))
+            alike.setdefault((*likeness(graph), sizes["height"], sizes["width"]), []).append((graph, sizes))
         total = Work()
-        for (package, *_), same in alike.items():
+        for same in alike.values():
             graph, sizes = same[0]
-            facts = read(package, graph, sizes)
+            facts = read_one(graph, sizes)
             work = work_of(facts)
             total += work * len(same)
             rows.append({"call": name, **_row(graph, sizes, facts, work), "times": len(same)})
         rows.append({"call": name, "regions": len(graphs), **_rounded(total.milliseconds(H200))})
     return rows
+
+
+def likeness(graph: RegionGraph) -> tuple[Any, ...]:
+    """The same of two regions that one package serves."""
+    return graph.region.structure, tuple(sorted(graph.traits.items()))
+
+
+class Folder:
+    """Packages of the regions of some calls, by other means (`--packages`)."""
+
+    def __init__(self, folder: Path, calls: Mapping[str, Graphs]) -> None:
+        rows = {row["path"]: row for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))}
+        self._folder = folder
+        self._rows = {
+            likeness(graph): rows[graph.region.path]
+            for graphs in calls.values()
+            for graph, _ in graphs
+            if graph.region.path in rows
+        }
+
+    def read(self, graph: RegionGraph, sizes: Sizes) -> PackageFacts:
+        """The package that serves a graph, for the inputs of a call, laid out as it was traced."""
+        row = self._rows.get(likeness(graph))
+        if row is None:
+            raise h.WrongOutput(f"{graph.region.path}: expected a package of it in the folder, found none")
+        given = []
+        for (shape, dtype, strides), (_, _, traced) in zip(inputs_of(graph, sizes), row["inputs"], strict=False):
+            flat = len(shape) == 4 and traced[1] != 1
+            given.append((shape, dtype, torch.empty(shape, device="meta").stride() if flat else strides))
+        return read_package(self._folder / row["file"], given)
 
 
 def package_of(handle: Handle, graph: RegionGraph) -> Path:
@@ -91,11 +141,15 @@ def package_of(handle: Handle, graph: RegionGraph) -> Path:
     return entry.path / "package.pt2"
 
 
-def read(package: Path, graph: RegionGraph, sizes: Sizes) -> PackageFacts:
-    """A graph's package, read for the inputs of a call."""
+def read(handle: Handle, graph: RegionGraph, sizes: Sizes) -> PackageFacts:
+    """A graph's package in the cache, read for the inputs of a call."""
+    return read_package(package_of(handle, graph), inputs_of(graph, sizes))
+
+
+def inputs_of(graph: RegionGraph, sizes: Sizes) -> Inputs:
+    """The inputs of a call."""
     example = graph.region.example(graph.traits, sizes, graph.dtype, torch.device("meta"))
-    inputs = [(tuple(tensor.shape), str(tensor.dtype), tensor.stride()) for tensor in example]
-    return read_package(package, inputs)
+    return [(tuple(tensor.shape), str(tensor.dtype), tensor.stride()) for tensor in example]
 
 
 def _row(graph: RegionGraph, sizes: Sizes, facts: PackageFacts, work: Work) -> dict[str, Any]:
