@@ -9,24 +9,21 @@ eager between the regions is not in it: samplers, concatenations, the first and 
 For each package also: passes over its widest token or image (bytes over the bytes of the region's output), kernels with
 64-bit indices, run-time divisions, transposing kernels. Needs the extra `cuda-build` unless the cache is filled.
 
-`--packages` reads packages of the UNet's regions that something else made, by other means or of another commit: a
-folder with them and `rows.json`, a list of {"file", "path", "inputs"}, one for each region that is unlike those before:
-its path, and (sizes, dtype, strides) of the inputs that it was traced with.
+`--packages` reads packages that something else made, by other means or of another commit: a folder with them and
+`calls.json`, which has of each kind of call a list of {"file", "path", "inputs", "times"}: a package, a region's path,
+(sizes, dtype, strides) of each input, and how many regions of the call are alike.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import accel_hidiff as ah
-from accel_hidiff.binder import Graphs
 from accel_hidiff.crosscompile.requirements import look
 from accel_hidiff.models import load_skeleton
 from accel_hidiff.packages.facts import PackageFacts, read_package
@@ -36,9 +33,6 @@ from accel_hidiff.regions import RegionGraph, Sizes
 from accel_hidiff.target import Target
 from benchmarks import harness as h
 from compile_cache import CompileCache
-
-Inputs = Sequence[tuple[Sequence[int], str, Sequence[int]]]  # (sizes, dtype, strides) of each
-Read = Callable[[RegionGraph, Sizes], PackageFacts]
 
 SIDE = 2048
 STEPS = 30
@@ -54,16 +48,14 @@ def main() -> None:
     options = h.parsed(parser)
     report = h.Report(options.out, options.tiny)
     side = 256 if options.tiny else SIDE
+    if options.packages is not None:
+        for row in folder_predictions(options.packages):
+            report.add(**row)
+        return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         handle = skeleton(options.model, options.target, options.cache or Path(scratch))
-        if options.packages is None:
-            handle.precompile([(side, side)], STEPS, batch_sizes=(BATCH,), jobs=2)
-            found = {**unet_calls(handle, side), "decoder": handle._graphs.decoder(side, side, 1)}
-            reader: Read = partial(read, handle)
-        else:
-            found = unet_calls(handle, side)
-            reader = Folder(options.packages, found).read
-        for row in predictions(found, reader):
+        handle.precompile([(side, side)], STEPS, batch_sizes=(BATCH,), jobs=2)
+        for row in predictions(handle, side):
             report.add(**row)
 
 
@@ -78,23 +70,21 @@ def skeleton(model: str, target: str, cache: Path) -> Handle:
     return handle
 
 
-def unet_calls(handle: Handle, side: int) -> dict[str, Graphs]:
-    """The graphs of each kind of call of the UNet, by its topology."""
-    topologies = dict.fromkeys(phase.topology for phase in handle.patch.plan(side, side, STEPS))
-    return {str(topology): handle._graphs.unet(topology, side, side, BATCH) for topology in topologies}
-
-
-def predictions(calls: Mapping[str, Graphs], read_one: Read) -> list[dict[str, Any]]:
-    """A row for each distinct graph and size of each kind of call, and one for the call."""
+def predictions(handle: Handle, side: int) -> list[dict[str, Any]]:
+    """A row for each distinct package of each kind of call, and one for the call."""
     rows = []
+    phases = handle.patch.plan(side, side, STEPS)
+    calls = {str(phase.topology): handle._graphs.unet(phase.topology, side, side, BATCH) for phase in phases}
+    calls["decoder"] = handle._graphs.decoder(side, side, 1)
     for name, graphs in calls.items():
-        alike: dict[tuple[Any, ...], list[tuple[RegionGraph, Sizes]]] = {}
+        alike: dict[tuple[Path, int, int], list[tuple[RegionGraph, Sizes]]] = {}
         for graph, sizes in graphs:
-            alike.setdefault((*likeness(graph), sizes["height"], sizes["width"]), []).append((graph, sizes))
+            place = package_of(handle, graph), sizes["height"], sizes["width"]
+            alike.setdefault(place, []).append((graph, sizes))
         total = Work()
-        for same in alike.values():
+        for (package, *_), same in alike.items():
             graph, sizes = same[0]
-            facts = read_one(graph, sizes)
+            facts = read(package, graph, sizes)
             work = work_of(facts)
             total += work * len(same)
             rows.append({"call": name, **_row(graph, sizes, facts, work), "times": len(same)})
@@ -102,34 +92,20 @@ def predictions(calls: Mapping[str, Graphs], read_one: Read) -> list[dict[str, A
     return rows
 
 
-def likeness(graph: RegionGraph) -> tuple[Any, ...]:
-    """The same of two regions that one package serves."""
-    return graph.region.structure, tuple(sorted(graph.traits.items()))
-
-
-class Folder:
-    """Packages of the regions of some calls, by other means (`--packages`)."""
-
-    def __init__(self, folder: Path, calls: Mapping[str, Graphs]) -> None:
-        rows = {row["path"]: row for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))}
-        self._folder = folder
-        self._rows = {
-            likeness(graph): rows[graph.region.path]
-            for graphs in calls.values()
-            for graph, _ in graphs
-            if graph.region.path in rows
-        }
-
-    def read(self, graph: RegionGraph, sizes: Sizes) -> PackageFacts:
-        """The package that serves a graph, for the inputs of a call, laid out as it was traced."""
-        row = self._rows.get(likeness(graph))
-        if row is None:
-            raise h.WrongOutput(f"{graph.region.path}: expected a package of it in the folder, found none")
-        given = []
-        for (shape, dtype, strides), (_, _, traced) in zip(inputs_of(graph, sizes), row["inputs"], strict=False):
-            flat = len(shape) == 4 and traced[1] != 1
-            given.append((shape, dtype, torch.empty(shape, device="meta").stride() if flat else strides))
-        return read_package(self._folder / row["file"], given)
+def folder_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The same of packages that something else made (`--packages`)."""
+    rows: list[dict[str, Any]] = []
+    for name, regions in json.loads((folder / "calls.json").read_text(encoding="utf-8")).items():
+        total = Work()
+        for region in regions:
+            facts = read_package(folder / region["file"], region["inputs"])
+            work = work_of(facts)
+            total += work * region["times"]
+            said = {"region": region["path"], "size": "x".join(map(str, region["inputs"][0][0]))}
+            rows.append({"call": name, **said, **_facts(facts, work), "times": region["times"]})
+        times = sum(region["times"] for region in regions)
+        rows.append({"call": name, "regions": times, **_rounded(total.milliseconds(H200))})
+    return rows
 
 
 def package_of(handle: Handle, graph: RegionGraph) -> Path:
@@ -141,28 +117,30 @@ def package_of(handle: Handle, graph: RegionGraph) -> Path:
     return entry.path / "package.pt2"
 
 
-def read(handle: Handle, graph: RegionGraph, sizes: Sizes) -> PackageFacts:
-    """A graph's package in the cache, read for the inputs of a call."""
-    return read_package(package_of(handle, graph), inputs_of(graph, sizes))
-
-
-def inputs_of(graph: RegionGraph, sizes: Sizes) -> Inputs:
-    """The inputs of a call."""
+def read(package: Path, graph: RegionGraph, sizes: Sizes) -> PackageFacts:
+    """A graph's package, read for the inputs of a call."""
     example = graph.region.example(graph.traits, sizes, graph.dtype, torch.device("meta"))
-    return [(tuple(tensor.shape), str(tensor.dtype), tensor.stride()) for tensor in example]
+    inputs = [(tuple(tensor.shape), str(tensor.dtype), tensor.stride()) for tensor in example]
+    return read_package(package, inputs)
 
 
 def _row(graph: RegionGraph, sizes: Sizes, facts: PackageFacts, work: Work) -> dict[str, Any]:
     module: Any = graph.region.module
     image = sizes["batch"] * sizes["height"] * sizes["width"] * 2  # bytes of one channel
     channels = graph.region.channels if graph.region.kind == "transformer" else getattr(module, "out_channels", 0)
-    kernels = facts.kernels.values()
     return {
         "region": graph.region.path,
         "size": f"{sizes['batch']}x{graph.region.channels}x{sizes['height']}x{sizes['width']}",
+        "passes": h.rounded(work.moved / (image * channels), 3) if channels else 0,
+        **_facts(facts, work),
+    }
+
+
+def _facts(facts: PackageFacts, work: Work) -> dict[str, Any]:
+    kernels = facts.kernels.values()
+    return {
         **_rounded(work.milliseconds(H200)),
         "moved_mb": h.rounded(work.moved / 1e6),
-        "passes": h.rounded(work.moved / (image * channels), 3) if channels else 0,
         "int64_kernels": sum(kernel.int64 for kernel in kernels),
         "divisions": max((kernel.divisions for kernel in kernels), default=0),
         "transposing": sum(kernel.transposes for kernel in kernels),
