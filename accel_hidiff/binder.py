@@ -60,7 +60,7 @@ class BoundCall:
         DeviceLost: nothing runs on the device any more.
     """
 
-    __slots__ = ("_format", "_key", "_path", "_run", "shape")
+    __slots__ = ("_format", "_images", "_key", "_path", "_run", "shape")
 
     @property
     def name(self) -> tuple[str, str]:
@@ -69,26 +69,27 @@ class BoundCall:
 
     def __init__(self, bound: BoundRegion, region: Region, key: CacheKey, sizes: Sizes) -> None:
         self._run = bound.call
-        self._format = region.memory_format
+        self._format, self._images = region.memory_format, region.images
         self._path, self._key = region.path, key
-        self.shape = torch.Size((sizes["batch"], region.channels, sizes["height"], sizes["width"]))
+        self.shape = torch.Size((sizes["batch"], region.module_channels, sizes["height"], sizes["width"]))
 
-    def __call__(self, image: Tensor, *rest: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor) -> Any:
         try:
-            return self._attempt(image, rest)
+            return self._attempt(inputs)
         except OutOfMemory as error:
             LOG.warning("%s; trying once more with what nobody uses given back", str(error))  # a record is kept
-        release_memory(image.device)  # only here: the error is gone, and the tensors that its frames held
-        return self._attempt(image, rest)
+        release_memory(inputs[0].device)  # only here: the error is gone, and the tensors that its frames held
+        return self._attempt(inputs)
 
-    def _attempt(self, image: Tensor, rest: tuple[Tensor, ...]) -> Any:
+    def _attempt(self, inputs: tuple[Tensor, ...]) -> Any:
         try:
-            if not image.is_contiguous(memory_format=self._format):
-                image = image.contiguous(memory_format=self._format)
-            return self._run(_aligned(image), *(_aligned(tensor.contiguous()) for tensor in rest))
+            images = (image.contiguous(memory_format=self._format) for image in inputs[: self._images])
+            rest = (tensor.contiguous() for tensor in inputs[self._images :])
+            return self._run(*map(_aligned, images), *map(_aligned, rest))
         except AccelHiDiffError:
             raise
         except FAILURES as error:
+            image = inputs[0]
             what = f"{self._path} with an input of {'x'.join(map(str, image.shape))}"
             raise not_the_artifact(error, image.device, what) or ArtifactFailed(self._path, self._key, error) from error
 

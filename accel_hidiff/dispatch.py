@@ -149,6 +149,10 @@ class Dispatcher:
         if (graph := self._graphs.get(name)) is not None and graph.missing:
             self._graphs.pop(name, None)
 
+    def state(self, name: str) -> object:
+        """What a model was when this was last looked at: the same object until something of it is replaced."""
+        return self._states.get(name)
+
     def _changed(self, name: str) -> bool:
         previous = self._states.get(name)
         if previous is not None and previous.holds():

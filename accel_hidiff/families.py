@@ -142,6 +142,26 @@ def skip_sizes(layout: Layout, family: Family, height: int, width: int, topology
     return [size for _, size in _walked("skip", layout, family, height, width, topology)]
 
 
+def sampler_sizes(layout: Layout, family: Family, height: int, width: int, topology: Topology) -> dict[str, Size]:
+    """The (height, width) of what each down- and upsampler is given, by module path."""
+    return dict(_walked("sampler", layout, family, height, width, topology))
+
+
+@lru_cache(maxsize=64)
+def upsampling(layout: Layout, family: Family, topology: Topology) -> Mapping[str, int]:
+    """How many times as large each upsampler makes a side that every downsampler divides evenly, by module path."""
+    side = 4 << len(layout.down_block_types)  # a dilated downsampler and a pool divide it twice more
+    features = feature_sizes(layout, family, side, side, topology)
+    given = sampler_sizes(layout, family, side, side, topology)
+    return {path: features[upsampled(path)][0] // size[0] for path, size in given.items() if "upsamplers" in path}
+
+
+def upsampled(path: str) -> str:
+    """The path of the residual block that takes what an upsampler gives."""
+    _, level, *_ = path.split(".")
+    return f"up_blocks.{int(level) + 1}.resnets.0"
+
+
 def adapter_sizes(layout: Layout, family: Family, height: int, width: int, topology: Topology) -> list[Size]:
     """The (height, width) of the feature maps that T2I-Adapter features are added to: one in each down block (before
     its downsampler where it has attention, after it elsewhere), then the mid block."""
@@ -156,7 +176,7 @@ def _walked(
 
 
 def _walk(layout: Layout, family: Family, size: Size, topology: Topology) -> Iterator[tuple[str, str, Size]]:
-    """(kind, module path, size): the kinds are "module", "skip" and "adapter"."""
+    """(kind, module path, size): the kinds are "module", "skip", "adapter" and "sampler"."""
     skips = [size]
     before_pool = size
     yield "skip", "conv_in", size
@@ -173,9 +193,10 @@ def _walk(layout: Layout, family: Family, size: Size, topology: Topology) -> Ite
         if "CrossAttn" in kind:
             yield "adapter", block, size
         if level < len(layout.down_block_types) - 1:
-            dilated = topology.dilated and f"{block}.downsamplers.0" == family.dilate
-            size = _halved(size, 2 if dilated else 1)
-            yield "skip", f"{block}.downsamplers.0", size
+            sampler = f"{block}.downsamplers.0"
+            yield "sampler", sampler, size
+            size = _halved(size, 2 if topology.dilated and sampler == family.dilate else 1)
+            yield "skip", sampler, size
             skips.append(size)
         if "CrossAttn" not in kind:
             yield "adapter", block, size
@@ -193,5 +214,6 @@ def _walk(layout: Layout, family: Family, size: Size, topology: Topology) -> Ite
             if topology.pooled and f"{block}.attentions.{layer}" == family.resize_after:
                 size = before_pool
         if level < len(layout.up_block_types) - 1:
+            yield "sampler", f"{block}.upsamplers.0", size
             size = skips[-1]
         yield "module", block, size

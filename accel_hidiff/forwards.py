@@ -6,7 +6,7 @@ They look at the `UNetCall` that they are in, and do what the replaced forward d
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -82,9 +82,19 @@ def pool_after(inner: Forward, scope: CallScope) -> Forward:
         if call is None or not call.topology.pooled:
             return out
         call.before_pool = out[0].shape[-2:]
-        return _with_sample(out, F.avg_pool2d(out[0], kernel_size=2, stride=2, ceil_mode=True))
+        return _with_sample(out, pool(out[0]))
 
     return forward
+
+
+def pool(image: Tensor) -> Tensor:
+    """Average of 2x2; an odd side is rounded up."""
+    return F.avg_pool2d(image, kernel_size=2, stride=2, ceil_mode=True)
+
+
+def resize(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Bicubic, to (height, width)."""
+    return F.interpolate(image, size=tuple(size), mode="bicubic", align_corners=False)
 
 
 def resize_after(inner: Forward, scope: CallScope) -> Forward:
@@ -95,7 +105,7 @@ def resize_after(inner: Forward, scope: CallScope) -> Forward:
         call = scope.call
         if call is None or call.before_pool is None:
             return out
-        return _with_sample(out, F.interpolate(out[0], size=call.before_pool, mode="bicubic", align_corners=False))
+        return _with_sample(out, resize(out[0], call.before_pool))
 
     return forward
 
@@ -115,10 +125,15 @@ def dilated(inner: Forward, scope: CallScope) -> Forward:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         call = scope.call
         if call is not None and call.topology.dilated:
-            hidden_states = hidden_states[:, :, ::2, ::2]
+            hidden_states = every_other(hidden_states)
         return inner(hidden_states, *args, **kwargs)
 
     return forward
+
+
+def every_other(image: Tensor) -> Tensor:
+    """The rows and columns that a downsampler sees in a dilated call."""
+    return image[:, :, ::2, ::2]
 
 
 def require_downsampler(module: Any, path: str) -> None:

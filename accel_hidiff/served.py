@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -19,7 +20,7 @@ from accel_hidiff import compat
 from accel_hidiff.binder import ArtifactFailed, Graphs
 from accel_hidiff.call import UNetCall
 from accel_hidiff.config import DecodeConfig
-from accel_hidiff.control import DOWN
+from accel_hidiff.control import DOWN, MID
 from accel_hidiff.decoding import (
     Decode,
     InDtype,
@@ -34,19 +35,24 @@ from accel_hidiff.decoding import (
 from accel_hidiff.dispatch import Dispatcher, Graph
 from accel_hidiff.errors import GraphMiss
 from accel_hidiff.facts import call_facts, call_name, hook_of
-from accel_hidiff.families import Layout, Size, feature_sizes
+from accel_hidiff.families import Layout, Size, feature_sizes, sampler_sizes, upsampling
+from accel_hidiff.flow import HEAD, TAIL, Flow, skip_channels
 from accel_hidiff.forwards import Forward
 from accel_hidiff.guard import CallFacts
 from accel_hidiff.patching import Patch
 from accel_hidiff.regions import (
     ControlNetRegion,
     DecoderRegion,
+    DownsamplerRegion,
+    HeadRegion,
     Region,
     RegionGraph,
     ResnetRegion,
     Sizes,
+    TailRegion,
     TransformerRegion,
     UNetRegion,
+    UpsamplerRegion,
     find_blocks,
     is_whole_controlnet,
 )
@@ -71,6 +77,8 @@ class ServedUNet:
         self.whole = regions == "whole"
         self.regions: list[Region] = []
         self._patch: Patch | None = None
+        self._flow: Flow | None = None
+        self._cleared: tuple[object, bool] = None, False
 
     @property
     def patch(self) -> Patch:
@@ -86,7 +94,11 @@ class ServedUNet:
         if self.whole:
             self.regions = [UNetRegion(UNET, unet, unet.forward, patch.scope, patch.shift_layout, patch.family)]
         else:
-            self.regions = install_blocks(self.dispatcher, UNET, unet, patch, undo)
+            skips = skip_channels(unet)
+            self.regions = install_blocks(self.dispatcher, UNET, unet, patch, undo, skips)
+            if skips is not None:
+                self.regions += between_blocks(unet, patch)
+                self._flow = Flow(UNET, unet, {region.path: region for region in self.regions}, patch.family)
         self.dispatcher.register(UNET, unet, self.regions)
 
     def run(
@@ -128,9 +140,29 @@ class ServedUNet:
                 return _output(out, kwargs)
             except ArtifactFailed as failed:
                 self.dispatcher.quarantine(failed)
-        call.regions = {} if self.whole else graph.calls
+        regions = {} if self.whole else graph.calls
+        if (flow := self._flow_for(kwargs)) is not None:
+            inputs = flow.inputs(graph.calls, sample, timestep, kwargs.get("added_cond_kwargs"))
+            if inputs is not None:
+                try:
+                    return _output(flow.run(graph.calls, call, inputs, text, kwargs.get(DOWN), kwargs.get(MID)), kwargs)
+                except ArtifactFailed as failed:
+                    self.dispatcher.quarantine(failed)
+                    regions = {path: one for path, one in regions.items() if one.name[1] != failed.key.digest}
+        call.regions = regions
         with self.patch.scope.opened(call):
             return inner(sample, timestep, text, **kwargs)
+
+    def _flow_for(self, kwargs: Mapping[str, Any]) -> Flow | None:
+        """What runs the regions of a call with these arguments; None: diffusers' own forwards do."""
+        if self._flow is None or (kwargs.get(DOWN) is None) != (kwargs.get(MID) is None):
+            return None
+        if any(name not in _OF_FLOW for name in _given(kwargs)):
+            return None
+        state = self.dispatcher.state(UNET)
+        if self._cleared[0] is not state:
+            self._cleared = state, self._flow.is_clear()
+        return self._flow if self._cleared[1] else None
 
     def _compute_step(self, graph: Graph, inner: Forward, step: StepInputs) -> Tensor:
         out: Tensor = self._compute(graph, step.call, inner, step.sample, step.timestep, step.text, step.kwargs())[0]
@@ -162,12 +194,14 @@ class ServedUNet:
         """The graph and the sizes of every region in a call; sizes are latent."""
         patch = self.patch
         features = feature_sizes(patch.layout, patch.family, height, width, topology)
+        features |= sampler_sizes(patch.layout, patch.family, height, width, topology)
         named = {f"{UNET}.{path}": size for path, size in features.items()}
 
         def graph(region: Region, sizes: Sizes) -> RegionGraph:
             return self.dispatcher.binder.graph(region, topology, sizes, dtype, device, controlled)
 
-        return _graphs_of(self.regions, patch, named, batch, tokens, graph)
+        regions = [region for region in self.regions if region.serves(named, topology)]
+        return _graphs_of(regions, patch, named, batch, tokens, graph)
 
 
 class ServedControlNet:
@@ -367,8 +401,20 @@ def _graphs_of(
     return found
 
 
-def install_blocks(dispatcher: Dispatcher, name: str, model: nn.Module, patch: Patch, undo: UndoLog) -> list[Region]:
-    """Puts the repeated blocks of a model under the dispatcher; returns them."""
+def install_blocks(
+    dispatcher: Dispatcher,
+    name: str,
+    model: nn.Module,
+    patch: Patch,
+    undo: UndoLog,
+    skips: Mapping[str, int] | None = None,
+) -> list[Region]:
+    """Puts the repeated blocks of a model under the dispatcher; returns them.
+
+    Args:
+        dispatcher, name, model, patch, undo: what is served, and how that is undone.
+        skips: channels of the skip connection that a residual block takes as an input of its own, by module path.
+    """
     first_block: dict[str, int] = {}
     for index, path in enumerate(patch.windowed_blocks if model is patch.unet else ()):
         first_block.setdefault(path.rsplit(".", 2)[0], index)
@@ -376,13 +422,30 @@ def install_blocks(dispatcher: Dispatcher, name: str, model: nn.Module, patch: P
     for path, module in find_blocks(model):
         region: Region
         if "resnets" in path:
-            region = ResnetRegion(f"{name}.{path}", module, module.forward, model)
+            region = ResnetRegion(f"{name}.{path}", module, module.forward, model, (skips or {}).get(path, 0))
         else:
             first = first_block.get(path)
             region = TransformerRegion(f"{name}.{path}", module, module.forward, model, patch.scope, first)
         regions.append(region)
         undo.replace(module, "forward", _region_forward(dispatcher, region, patch), f"region {name}.{path}")
     return regions
+
+
+def between_blocks(unet: Any, patch: Patch) -> list[Region]:
+    """The regions of a UNet beside its blocks: both ends, and the samplers. `Flow` alone calls them."""
+    first = f"{UNET}.down_blocks.0.resnets.0"
+    found: list[Region] = [HeadRegion(f"{UNET}.{HEAD}", unet, first), TailRegion(f"{UNET}.{TAIL}", unet, first)]
+    for path, module in unet.named_modules():
+        where = f"{UNET}.{path}"
+        if path.endswith("downsamplers.0"):
+            found.append(DownsamplerRegion(where, module, module.forward, unet, path == patch.family.dilate))
+        elif path.endswith("upsamplers.0"):
+            found.append(UpsamplerRegion(where, module, module.forward, unet, partial(_factor, patch, path)))
+    return found
+
+
+def _factor(patch: Patch, path: str, topology: Topology) -> int:
+    return upsampling(patch.layout, patch.family, topology)[path]
 
 
 def _region_forward(dispatcher: Dispatcher, region: Region, patch: Patch) -> Forward:
@@ -409,6 +472,7 @@ def _region_forward(dispatcher: Dispatcher, region: Region, patch: Patch) -> For
 
 
 # Arguments that every graph takes, and those of a ControlNet that stay outside of its blocks.
+_OF_FLOW: Final = (DOWN, MID)
 _ORDINARY = ("return_dict", "added_cond_kwargs", "controlnet_cond", "conditioning_scale")
 
 

@@ -12,6 +12,8 @@ import accel_hidiff
 _GRAPH_SOURCES: Final = (
     "regions/base.py",
     "regions/blocks.py",
+    "regions/ends.py",
+    "regions/samplers.py",
     "regions/step.py",
     "regions/whole.py",
     "cfgpp/maths.py",

@@ -10,23 +10,33 @@ from accel_hidiff.regions.base import (
     bucket_of,
     example_sizes,
     memory_format_of,
+    scalar,
 )
 from accel_hidiff.regions.blocks import DecoderRegion, ResnetRegion, TransformerRegion, find_blocks
+from accel_hidiff.regions.ends import HeadRegion, TailRegion, added_shapes, takes_added
+from accel_hidiff.regions.samplers import DownsamplerRegion, UpsamplerRegion
 from accel_hidiff.regions.whole import ControlNetRegion, UNetRegion, is_whole_controlnet
 
 __all__ = [
     "ControlNetRegion",
     "DecoderRegion",
+    "DownsamplerRegion",
+    "HeadRegion",
     "Region",
     "RegionGraph",
     "ResnetRegion",
     "Share",
     "Sizes",
+    "TailRegion",
     "TransformerRegion",
     "UNetRegion",
+    "UpsamplerRegion",
+    "added_shapes",
     "bucket_of",
     "example_sizes",
     "find_blocks",
     "is_whole_controlnet",
     "memory_format_of",
+    "scalar",
+    "takes_added",
 ]

@@ -21,7 +21,8 @@ Sizes = Mapping[str, int]
 
 
 class Share(NamedTuple):
-    """A dimension's size divided by a number: of a feature map, where the dimension is that of the latents."""
+    """A dimension's size divided by a number: of a feature map, where the dimension is that of the latents. Where a
+    size is exact, it may be another one: tables of an odd feature map are those of the next even one."""
 
     name: str
     divisor: int
@@ -71,8 +72,18 @@ class Region:
 
     @property
     def channels(self) -> int:
-        """Channels of the input image."""
+        """Channels of the first input image."""
         return int(self.module.in_channels)
+
+    @property
+    def images(self) -> int:
+        """How many of the inputs, the first ones, are images in the region's memory format."""
+        return 1
+
+    @property
+    def module_channels(self) -> int:
+        """Channels of the image that the module's own forward is given."""
+        return self.channels
 
     @property
     def weights(self) -> int:
@@ -84,9 +95,10 @@ class Region:
         for name in ("structure", "memory_format"):
             vars(self).pop(name, None)
 
-    def image(self, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An input image of these sizes."""
-        image = torch.randn(sizes["batch"], self.channels, sizes["height"], sizes["width"], dtype=dtype, device=device)
+    def image(self, sizes: Sizes, dtype: torch.dtype, device: torch.device, channels: int | None = None) -> Tensor:
+        """An input image of these sizes; of the first one's channels unless others are given."""
+        shape = sizes["batch"], channels or self.channels, sizes["height"], sizes["width"]
+        image = torch.randn(shape, dtype=dtype, device=device)
         return image.contiguous(memory_format=self.memory_format)
 
     def traits(self, topology: Topology, controlled: bool = False) -> dict[str, Any]:
@@ -102,6 +114,10 @@ class Region:
         """The sizes of this region's dimensions in one call."""
         height, width = features[self.path]
         return {"batch": batch, "height": height, "width": width}
+
+    def serves(self, features: Mapping[str, Size], topology: Topology) -> bool:
+        """Whether a graph is made for a call whose feature maps have these sizes; else the module runs eager in it."""
+        return True
 
     def ranges(self, traits: Mapping[str, Any]) -> dict[str, Range]:
         """The widest symbolic range of each dimension; a dimension that is not listed is always exact."""
@@ -166,6 +182,13 @@ def memory_format_of(module: nn.Module) -> torch.memory_format:
             channels_last = weight.is_contiguous(memory_format=torch.channels_last)
             return torch.channels_last if channels_last else torch.contiguous_format
     return torch.contiguous_format
+
+
+def scalar(value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number, or a tensor, on a device; a number is written there by the device itself, so that nobody waits."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

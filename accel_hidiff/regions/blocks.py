@@ -29,6 +29,7 @@ from accel_hidiff.regions.base import (
     GraphModule,
     ImageGraphModule,
     Region,
+    Share,
     Sizes,
 )
 from accel_hidiff.topology import Topology
@@ -37,31 +38,65 @@ from compile_cache import Range
 
 
 class ResnetRegion(Region):
-    """`ResnetBlock2D`: (B, C, h, w), (B, T) -> (B, C', h, w)."""
+    """`ResnetBlock2D`: (B, C, h, w), (B, T) -> (B, C', h, w).
+
+    In the up path with the skip connection as its second input, (B, S, h, w): the module's forward takes both beside
+    each other, (B, C + S, h, w), which nobody writes to memory before.
+
+    Args:
+        path, module, inner, model: see `Region`.
+        skip_channels: S; 0: it has no such input.
+    """
 
     kind = "resnet"
 
+    def __init__(self, path: str, module: nn.Module, inner: Forward, model: nn.Module, skip_channels: int = 0) -> None:
+        super().__init__(path, module, inner, model)
+        self._skip_channels = skip_channels
+
+    @property
+    def images(self) -> int:
+        return 2 if self._skip_channels else 1
+
+    @property
+    def channels(self) -> int:
+        return self.module_channels - self._skip_channels
+
+    @property
+    def module_channels(self) -> int:
+        return int(self.module.in_channels)
+
     @property
     def width(self) -> int:
-        return max(self.channels, int(self.module.out_channels))
+        return max(self.module_channels, int(self.module.out_channels))
+
+    def traits(self, topology: Topology, controlled: bool = False) -> dict[str, Any]:
+        return {"skip_channels": self._skip_channels} if self._skip_channels else {}
 
     def axes(self, traits: Mapping[str, Any]) -> Axes:
-        return ({0: "batch", 2: "height", 3: "width"}, {0: "batch"})
+        return *({0: "batch", 2: "height", 3: "width"} for _ in range(self.images)), {0: "batch"}
 
     def example(
         self, traits: Mapping[str, Any], sizes: Sizes, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, ...]:
-        image = self.image(sizes, dtype, device)
+        channels = [self.channels, self._skip_channels][: self.images]
+        images = [self.image(sizes, dtype, device, of_image) for of_image in channels]
         embedding = self.module.time_emb_proj.in_features
-        return image, torch.randn(sizes["batch"], embedding, dtype=dtype, device=device)
+        return *images, torch.randn(sizes["batch"], embedding, dtype=dtype, device=device)
 
     def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
-        return ImageGraphModule(self.module, self.inner, self.memory_format)
+        def joined(image: Tensor, skip: Tensor, embedding: Tensor) -> Any:
+            return self.inner(torch.cat([image, skip], dim=1), embedding)
+
+        return ImageGraphModule(self.module, joined if self._skip_channels else self.inner, self.memory_format)
 
     def forward_with(self, compiled: RegionCall, call: UNetCall | None, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 2 or kwargs or args[1] is None:
             return self.inner(*args, **kwargs)
-        return compiled(*args)
+        image, embedding = args
+        if self._skip_channels:
+            return compiled(image[:, : self.channels], image[:, self.channels :], embedding)
+        return compiled(image, embedding)
 
 
 class TransformerRegion(Region):
@@ -93,7 +128,8 @@ class TransformerRegion(Region):
 
     def axes(self, traits: Mapping[str, Any]) -> Axes:
         common: Axes = ({0: "batch", 2: "height", 3: "width"}, {0: "batch", 1: "tokens"})
-        return (*common, {}, {1: "batch", 2: "height", 3: "width"}) if traits["windowed"] else common
+        tables: Mapping[int, str | Share] = {1: "batch", 2: Share("height", 1), 3: Share("width", 1)}
+        return (*common, {}, tables) if traits["windowed"] else common
 
     def sizes(self, features: Mapping[str, Size], batch: int, tokens: int) -> dict[str, int]:
         return {**super().sizes(features, batch, tokens), "tokens": tokens}
@@ -131,11 +167,17 @@ class TransformerRegion(Region):
         as_tuple = not kwargs.pop("return_dict", True)
         if len(args) != 1 or text is None or not as_tuple or any(value is not None for value in kwargs.values()):
             return self.inner(*args, encoder_hidden_states=text, return_dict=not as_tuple, **kwargs)
-        if self._window_index is None or call is None or call.shifts is None:
+        if call is None:
             return (compiled(args[0], text),)
-        image, shifts = args[0], call.shifts_of(self._window_index, self._blocks)
-        tables = call.tables_of(self._window_index, image.shape[0], image.shape[-2:], image.device)
-        return (compiled(image, text, shifts, tables),)
+        return (self.compute(compiled, call, args[0], text),)
+
+    def compute(self, compiled: RegionCall, call: UNetCall, image: Tensor, text: Tensor) -> Any:
+        """Runs `compiled` with its inputs, those that `call` brings along included."""
+        first = self._window_index
+        if first is None or call.shifts is None:
+            return compiled(image, text)
+        tables = call.tables_of(first, image.shape[0], (image.shape[2], image.shape[3]), image.device)
+        return compiled(image, text, call.shifts_of(first, self._blocks), tables)
 
 
 class DecoderRegion(Region):

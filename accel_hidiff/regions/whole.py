@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from accel_hidiff.call import CallScope, RegionCall, UNetCall
 from accel_hidiff.control import DOWN, MID
 from accel_hidiff.families import Family, Layout, Size, skip_sizes, window_sizes
-from accel_hidiff.regions.base import BATCH, LATENT_SIDE, Axes, Forward, GraphModule, Region, Share, Sizes
+from accel_hidiff.regions.base import BATCH, LATENT_SIDE, Axes, Forward, GraphModule, Region, Share, Sizes, scalar
+from accel_hidiff.regions.ends import added_shapes, takes_added
 from accel_hidiff.schedule import LATENT_CELL
 from accel_hidiff.shifts import ShiftLayout
 from accel_hidiff.topology import Topology
 from accel_hidiff.windows import make_window_tables
 from compile_cache import Range
 
-_TIME_IDS = 6  # original size, crop, target size (SDXL, arXiv 2307.01952, section 2.2)
 _IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 _BATCH_AXES = {0: "batch"}
 
@@ -38,7 +38,7 @@ class _Whole(Region):
 
     @property
     def _added(self) -> bool:
-        return self.module.config.addition_embed_type == "text_time"
+        return takes_added(self.module)
 
     def _common_axes(self) -> Axes:
         added: Axes = (_BATCH_AXES, _BATCH_AXES) if self._added else ()
@@ -51,11 +51,10 @@ class _Whole(Region):
         common = self.image(sizes, dtype, device), torch.tensor(500.0, device=device), text
         if not self._added:
             return common
-        text_embeds = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
-        return *common, torch.randn(batch, text_embeds, **options), torch.randn(batch, _TIME_IDS, **options)
+        return *common, *(torch.randn(shape, **options) for shape in added_shapes(config, batch).values())
 
     def _common_inputs(self, sample: Tensor, timestep: Any, text: Tensor, kwargs: Mapping[str, Any]) -> list[Tensor]:
-        time = _scalar(timestep, sample.device, torch.float32)
+        time = scalar(timestep, sample.device, torch.float32)
         if not self._added:
             return [sample, time, text]
         added = kwargs["added_cond_kwargs"]
@@ -207,16 +206,9 @@ class ControlNetRegion(_Whole):
 
     def forward_with(self, compiled: RegionCall, call: UNetCall | None, *args: Any, **kwargs: Any) -> Any:
         sample, timestep, text, image = args
-        scale = _scalar(kwargs.get("conditioning_scale", 1.0), sample.device, sample.dtype)
+        scale = scalar(kwargs.get("conditioning_scale", 1.0), sample.device, sample.dtype)
         *down, mid = compiled(*self._common_inputs(sample, timestep, text, kwargs), image, scale)
         return down, mid
-
-
-def _scalar(value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A number, or a tensor, on a device; a number is written there by the device itself, so that nobody waits."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype)
-    return torch.full((), value, dtype=dtype, device=device)
 
 
 def is_whole_controlnet(net: nn.Module) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from accel_hidiff.call import UNetCall
+from accel_hidiff.regions.ends import added_shapes, takes_added
 
 ADDED: Final = ("text_embeds", "time_ids")  # the added conditions that a graph has a place for
-_TIME_IDS: Final = 6  # of SDXL
 
 
 @dataclass(slots=True)
@@ -107,8 +107,7 @@ def zero_inputs(unet: Any, batch: int, height: int, width: int, tokens: int) -> 
         channels = config.encoder_hid_dim or config.cross_attention_dim
         text = torch.zeros(batch, tokens, channels if isinstance(channels, int) else channels[0], **options)
         kwargs: dict[str, Any] = {"return_dict": False}
-        if config.addition_embed_type == "text_time":
-            width_of_text = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
-            shapes = {"text_embeds": (batch, width_of_text), "time_ids": (batch, _TIME_IDS)}
+        if takes_added(unet):
+            shapes = added_shapes(config, batch)
             kwargs["added_cond_kwargs"] = {name: torch.zeros(shape, **options) for name, shape in shapes.items()}
         return (sample, torch.zeros((), device=unet.device), text), kwargs

@@ -1,0 +1,268 @@
+"""A UNet call as a list of compiled regions, called one after another in the place of diffusers' own forwards.
+
+Between its residual blocks, transformers and samplers, a UNet of the families keeps skip connections and gives them
+back, and no more: with both ends of it as regions too (`regions.ends`), nothing is left that runs eager but
+HiDiffusion's pool and resize. It is told from the UNet's structure where that is as published; any other UNet, and any
+call with more than the ordinary arguments, runs through diffusers' own forwards, with its regions in their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
+from torch import Tensor, nn
+
+from accel_hidiff.call import RegionCall, UNetCall
+from accel_hidiff.families import Family
+from accel_hidiff.forwards import pool, resize
+from accel_hidiff.regions import (
+    DownsamplerRegion,
+    HeadRegion,
+    Region,
+    TransformerRegion,
+    UpsamplerRegion,
+    added_shapes,
+    scalar,
+)
+
+HEAD, TAIL = "head", "tail"  # below the name of the UNet, as the paths of modules are
+
+_DOWN: Final = (DownBlock2D, CrossAttnDownBlock2D)
+_UP: Final = (UpBlock2D, CrossAttnUpBlock2D)
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
+_FREEU: Final = ("s1", "s2", "b1", "b2")  # set by diffusers' enable_freeu
+
+
+def skip_channels(unet: UNet2DConditionModel) -> dict[str, int] | None:
+    """Channels of the skip connection that each residual block of the up path takes, by module path; None for a UNet
+    that is not built as the published ones are."""
+    if not _is_plain(unet):
+        return None
+    skips = [unet.conv_in.out_channels]
+    for block in unet.down_blocks:
+        skips += [resnet.out_channels for resnet in block.resnets]
+        skips += [sampler.out_channels for sampler in block.downsamplers or ()]
+    found = {}
+    for path, block in _blocks(unet, "up_blocks"):
+        for index in range(len(block.resnets)):
+            if not skips:
+                return None
+            found[f"{path}.resnets.{index}"] = skips.pop()
+    return None if skips else found
+
+
+def _blocks(unet: Any, kind: str) -> Iterator[tuple[str, Any]]:
+    return ((f"{kind}.{level}", block) for level, block in enumerate(getattr(unet, kind)))
+
+
+def _is_plain(unet: Any) -> bool:
+    """Whether a UNet computes what `Flow.run` does: known blocks, and nothing between them."""
+    config, down, up = unet.config, list(unet.down_blocks), list(unet.up_blocks)
+    if type(unet) is not UNet2DConditionModel or not down or not up:
+        return False
+    if config.center_input_sample or config.addition_embed_type not in (None, "text_time"):
+        return False
+    if unet.class_embedding is not None or unet.time_embed_act is not None or unet.conv_norm_out is None:
+        return False
+    if unet.encoder_hid_proj is not None and config.encoder_hid_dim_type != "text_proj":
+        return False
+    if type(unet.mid_block) is not UNetMidBlock2DCrossAttn or len(unet.mid_block.resnets) != 2:
+        return False
+    samplers = [_only(block.downsamplers) for block in down[:-1]], [_only(block.upsamplers) for block in up[:-1]]
+    return (
+        all(type(block) in _DOWN for block in down)
+        and all(type(block) in _UP for block in up)
+        and all(map(_has_plain_layers, (*down, *up, unet.mid_block)))
+        and all(one is not None and DownsamplerRegion.takes(one) for one in samplers[0])
+        and all(one is not None and UpsamplerRegion.takes(one) for one in samplers[1])
+        and not down[-1].downsamplers
+        and not up[-1].upsamplers
+    )
+
+
+def _has_plain_layers(block: Any) -> bool:
+    attentions = getattr(block, "attentions", ())
+    pairs = len(block.resnets) - (type(block) is UNetMidBlock2DCrossAttn)
+    alike = all(type(one) is ResnetBlock2D for one in block.resnets)
+    return alike and len(attentions) in (0, pairs) and all(type(one) is Transformer2DModel for one in attentions)
+
+
+def _only(modules: Any) -> Any:
+    return modules[0] if modules is not None and len(modules) == 1 else None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A residual block, by its region's path, and the transformer after it."""
+
+    resnet: str
+    transformer: TransformerRegion | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """The layers of one level, and the sampler after them."""
+
+    layers: tuple[Layer, ...]
+    sampler: Region | None = None
+
+
+class Flow:
+    """The regions of a UNet in the order in which a call runs them.
+
+    Args:
+        name: of the UNet, which the paths of its regions begin with.
+        unet: as published (`skip_channels` gives something for it).
+        regions: all of them, by path.
+        family: where a pooled call pools and resizes.
+    """
+
+    def __init__(self, name: str, unet: UNet2DConditionModel, regions: Mapping[str, Region], family: Family) -> None:
+        self._unet: Any = unet
+        self._name = name
+        self._regions = regions
+        head = regions[f"{name}.{HEAD}"]
+        assert isinstance(head, HeadRegion)
+        self._head = head
+        self._tail = f"{name}.{TAIL}"
+        self._down = [self._block(path, block, "downsamplers") for path, block in _blocks(unet, "down_blocks")]
+        self._up = [self._block(path, block, "upsamplers") for path, block in _blocks(unet, "up_blocks")]
+        self._mid = self._block("mid_block", unet.mid_block, "").layers
+        self._pool_after = self._layer_of(family.pool_after, self._down)
+        self._resize_after = self._layer_of(family.resize_after, self._up)
+        optional = {block.sampler.path for block in self._up if block.sampler is not None}
+        self._required = frozenset(regions) - optional
+
+    def _block(self, path: str, block: Any, samplers: str) -> Block:
+        layers = []
+        for index in range(len(block.resnets)):
+            transformer = self._regions.get(f"{self._name}.{path}.attentions.{index}")
+            assert transformer is None or isinstance(transformer, TransformerRegion)
+            layers.append(Layer(f"{self._name}.{path}.resnets.{index}", transformer))
+        return Block(tuple(layers), self._regions.get(f"{self._name}.{path}.{samplers}.0"))
+
+    def _layer_of(self, path: str, blocks: Sequence[Block]) -> Layer | None:
+        """The layer that ends with a transformer."""
+        layers = (layer for block in blocks for layer in block.layers if layer.transformer is not None)
+        return next((one for one in layers if one.transformer.path == f"{self._name}.{path}"), None)  # type: ignore[union-attr]
+
+    def is_clear(self) -> bool:
+        """Whether the UNet is still what it was, and nothing is to happen between its regions: no hook on a block, no
+        other forward, no FreeU."""
+        unet = self._unet
+        if skip_channels(unet) is None:
+            return False
+        between = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+        if any("forward" in vars(one) or any(vars(one)[hooks] for hooks in _HOOKS) for one in between):
+            return False
+        if any(getattr(block, name, None) for block in unet.up_blocks for name in _FREEU):
+            return False
+        return all(self._module(path) is region.module for path, region in self._regions.items() if self._is_own(path))
+
+    def _is_own(self, path: str) -> bool:
+        return path not in (self._head.path, self._tail)
+
+    def _module(self, path: str) -> nn.Module | None:
+        try:
+            module: nn.Module = self._unet.get_submodule(path.removeprefix(f"{self._name}."))
+        except AttributeError:
+            return None
+        return module
+
+    def inputs(self, calls: Mapping[str, RegionCall], sample: Tensor, timestep: Any, added: Any) -> list[Tensor] | None:
+        """What the first region takes, text aside; None where a call is to run through diffusers' own forwards.
+
+        Args:
+            calls: what is compiled, by region path.
+            sample, timestep, added: the UNet's arguments, `added` that by the name of added_cond_kwargs.
+        """
+        if not calls.keys() >= self._required:
+            return None
+        if isinstance(timestep, Tensor):
+            if timestep.numel() != 1:
+                return None
+            timestep = timestep.reshape(())
+        elif not isinstance(timestep, int | float):
+            return None
+        found = [sample, timestep]
+        if self._head.takes_added:
+            shapes = added_shapes(self._unet.config, sample.shape[0])
+            for name, shape in shapes.items():
+                given = (added or {}).get(name)
+                if not isinstance(given, Tensor) or given.shape != shape or given.dtype != sample.dtype:
+                    return None
+                found.append(given)
+        found[1] = scalar(timestep, sample.device, torch.float32)
+        return found
+
+    def run(
+        self,
+        calls: Mapping[str, RegionCall],
+        call: UNetCall,
+        inputs: Sequence[Tensor],
+        text: Tensor,
+        down: Sequence[Tensor] | None = None,
+        mid: Tensor | None = None,
+    ) -> Tensor:
+        """One call.
+
+        Args:
+            calls: what is compiled, by region path.
+            call: its topology, shifts and tables.
+            inputs: what `inputs` gave.
+            text: (B, L, D).
+            down, mid: residuals of a ControlNet: (B, C, h, w) of each skip connection and of the middle.
+
+        Returns:
+            The prediction, (B, 4, h, w).
+        """
+        projects = self._head.projects_text
+        image, embedding, *projected = calls[self._head.path](*inputs, *([text] if projects else []))
+        if projects:
+            (text,) = projected
+
+        def run_layer(layer: Layer, *images: Tensor) -> Tensor:
+            out: Tensor = calls[layer.resnet](*images, embedding)
+            transformer = layer.transformer
+            return out if transformer is None else transformer.compute(calls[transformer.path], call, out, text)
+
+        skips: list[Tensor] = [image]
+        before_pool: Sequence[int] | None = None
+        for block in self._down:
+            for layer in block.layers:
+                image = run_layer(layer, image)
+                if call.topology.pooled and layer is self._pool_after:
+                    before_pool, image = image.shape[-2:], pool(image)
+                skips.append(image)
+            if block.sampler is not None:
+                image = calls[block.sampler.path](image)
+                skips.append(image)
+        if down is not None:
+            skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+        for layer in self._mid:
+            image = run_layer(layer, image)
+        if mid is not None:
+            image = image + mid
+        for block in self._up:
+            for layer in block.layers:
+                image = run_layer(layer, image, skips.pop())
+                if before_pool is not None and layer is self._resize_after:
+                    image = resize(image, before_pool)
+            if (sampler := block.sampler) is not None:
+                compiled = calls.get(sampler.path)
+                image = compiled(image) if compiled is not None else sampler.inner(image, skips[-1].shape[-2:])
+        out: Tensor = calls[self._tail](image)
+        return out

@@ -1,0 +1,113 @@
+"""What changes the size of a feature map between two levels of a UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from accel_hidiff.families import Size, upsampled
+from accel_hidiff.forwards import every_other
+from accel_hidiff.regions.base import Axes, Forward, ImageGraphModule, Region, Sizes
+from accel_hidiff.topology import Topology
+
+
+class _Sampler(Region):
+    """What both have in common: one image in, one out."""
+
+    @property
+    def channels(self) -> int:
+        return int(self.module.channels)
+
+    def axes(self, traits: Mapping[str, Any]) -> Axes:
+        return ({0: "batch", 2: "height", 3: "width"},)
+
+    def example(
+        self, traits: Mapping[str, Any], sizes: Sizes, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        return (self.image(sizes, dtype, device),)
+
+
+class DownsamplerRegion(_Sampler):
+    """`Downsample2D` by a convolution: (B, C, h, w) -> (B, C', h / 2, w / 2), rounded up; a quarter where it is
+    dilated.
+
+    Args:
+        path, module, inner, model: see `Region`.
+        can_dilate: whether a dilated topology dilates it.
+    """
+
+    kind = "downsampler"
+
+    def __init__(self, path: str, module: nn.Module, inner: Forward, model: nn.Module, can_dilate: bool) -> None:
+        super().__init__(path, module, inner, model)
+        self._can_dilate = can_dilate
+
+    @property
+    def width(self) -> int:
+        return max(self.channels, int(self.module.out_channels))
+
+    def traits(self, topology: Topology, controlled: bool = False) -> dict[str, Any]:
+        return {"dilated": topology.dilated and self._can_dilate}
+
+    def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
+        def dilated(image: Tensor) -> Any:
+            return self.inner(every_other(image))
+
+        return ImageGraphModule(self.module, dilated if traits["dilated"] else self.inner, self.memory_format)
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a module is one."""
+        return type(module) is Downsample2D and bool(module.use_conv)
+
+
+class UpsamplerRegion(_Sampler):
+    """`Upsample2D` by nearest neighbours and a convolution, whole times as large: (B, C, h, w) -> (B, C', f h, f w).
+
+    Args:
+        path, module, inner, model: see `Region`.
+        factor: f in a topology.
+    """
+
+    kind = "upsampler"
+
+    def __init__(
+        self, path: str, module: nn.Module, inner: Forward, model: nn.Module, factor: Callable[[Topology], int]
+    ) -> None:
+        super().__init__(path, module, inner, model)
+        self._factor = factor
+
+    @property
+    def width(self) -> int:
+        # Where a level was dilated, its feature map is four times as high and wide afterwards.
+        return max(self.channels, int(self.module.out_channels)) * 16
+
+    def traits(self, topology: Topology, controlled: bool = False) -> dict[str, Any]:
+        return {"factor": self._factor(topology)}
+
+    def serves(self, features: Mapping[str, Size], topology: Topology) -> bool:
+        model, _, below = self.path.partition(".")
+        height, width = features[self.path]
+        factor = self._factor(topology)
+        return features[f"{model}.{upsampled(below)}"] == (factor * height, factor * width)
+
+    def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
+        factor = float(traits["factor"])
+
+        def function(image: Tensor) -> Any:
+            return self.module.conv(F.interpolate(image, scale_factor=factor, mode="nearest"))
+
+        return ImageGraphModule(self.module, function, self.memory_format)
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a module is one."""
+        if type(module) is not Upsample2D or module.norm is not None or module.use_conv_transpose:
+            return False
+        return bool(module.use_conv and module.interpolate and module.name == "conv")
