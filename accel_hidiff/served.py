@@ -98,7 +98,8 @@ class ServedUNet:
             self.regions = install_blocks(self.dispatcher, UNET, unet, patch, undo, skips)
             if skips is not None:
                 self.regions += between_blocks(unet, patch)
-                self._flow = Flow(UNET, unet, {region.path: region for region in self.regions}, patch.family)
+                if getattr(unet.forward, "__func__", None) is type(unet).forward:  # else whoever replaced it is called
+                    self._flow = Flow(UNET, unet, {region.path: region for region in self.regions}, patch.family)
         self.dispatcher.register(UNET, unet, self.regions)
 
     def run(

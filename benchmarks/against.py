@@ -35,7 +35,7 @@ def main() -> None:
     options = h.parsed(parser)
     report = h.Report(options.out, options.tiny)
     checkouts = {"before": options.before.resolve(), "now": h.ROOT}
-    report.add(before_commit=_commit(checkouts["before"]))
+    report.add(before_commit=commit_of(checkouts["before"]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         caches = {name: Path(scratch, name, "cache") for name in checkouts}
         turns = 1 if options.tiny else options.repeats
@@ -84,8 +84,20 @@ def precompiled(root: Path, cache: Path) -> dict[str, float]:
 
 def served(root: Path, cache: Path) -> dict[str, float]:
     """What `against_worker` prints."""
-    words = [sys.executable, str(Path(__file__).with_name("against_worker.py")), str(root / _MODEL), str(cache)]
-    process = _start(root, words, cache.parent, stdout=subprocess.PIPE)
+    return worker("against_worker.py", root, cache.parent, str(root / _MODEL), str(cache))
+
+
+def worker(script: str, root: Path, folder: Path, *arguments: str) -> dict[str, float]:
+    """What a script beside this one prints last, in a process over the packages of a checkout.
+
+    Args:
+        script: its name.
+        root: the checkout.
+        folder: for the process's home.
+        arguments: of the script.
+    """
+    words = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    process = _start(root, words, folder, stdout=subprocess.PIPE)
     out, _ = process.communicate()
     _require(process)
     answer = h.last_answer(out)
@@ -122,7 +134,8 @@ def _require(process: subprocess.Popen[bytes]) -> None:
         raise h.WrongOutput(f"{json.dumps(process.args)} ended with {process.returncode}")
 
 
-def _commit(root: Path) -> str:
+def commit_of(root: Path) -> str:
+    """The commit that a checkout is at."""
     words = ["git", "rev-parse", "HEAD"]
     return subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 

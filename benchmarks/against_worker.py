@@ -15,7 +15,7 @@ from waiting import watched  # beside this file: `benchmarks` itself is the othe
 import accel_hidiff as ah
 
 _SIZE = 512  # of the requests beside which a thread waits
-_DEEP: dict[str, Any] = {  # SDXL's blocks, few channels: as many modules and tensors
+DEEP: dict[str, Any] = {  # SDXL's blocks, few channels: as many modules and tensors
     "sample_size": 16, "block_out_channels": (16, 16, 16), "transformer_layers_per_block": (1, 2, 10),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (2, 2, 2),
@@ -42,7 +42,7 @@ def longest_wait_ms(model: str, cache: str) -> float:
 
 def entrance_ms() -> float:
     """Processor time that the first call of a request takes more than its second."""
-    unet = UNet2DConditionModel(**_DEEP).eval().requires_grad_(False)
+    unet = UNet2DConditionModel(**DEEP).eval().requires_grad_(False)
     unet.forward = lambda sample, timestep, encoder_hidden_states, **rest: (sample,)  # the patch wraps it
     parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     pipe = StableDiffusionXLPipeline(unet=unet, scheduler=EulerDiscreteScheduler(), add_watermarker=False, **parts)

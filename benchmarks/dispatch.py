@@ -7,9 +7,10 @@ artifacts of one symbolic range. What is timed afterwards, in shuffled order ove
 
 - `unet_dispatch_us`: a call of the patched UNet (plan, topology, window shifts, guard facts, lookup, counters, scope)
   minus a call of the stand-in alone.
-- `region_dispatch_us`: the forwards of all regions in one UNet call (scope, lookup, size check, layout and alignment
-  checks of the inputs), their packages replaced by a function that returns its first input, minus the same calls of
-  that function alone. It does not depend on the number of graphs; PyTorch's own cost of calling a package is not in it.
+- `region_dispatch_us`: all regions of one UNet call (`accel_hidiff.flow`: lookups, skip connections, layout and
+  alignment checks of the inputs), their packages replaced by a function that returns its first input, minus the same
+  calls of that function alone. It does not depend on the number of graphs; PyTorch's own cost of calling a package is
+  not in it (`benchmarks.host` has that).
 - `request_check_us`: entering a request, which looks once whether weights were moved or replaced; paid per request.
 
 All three are differences of medians of processor time: the code is Python on one thread and never waits.
@@ -32,7 +33,8 @@ import accel_hidiff as ah
 from accel_hidiff.backends import BoundRegion
 from accel_hidiff.binder import BoundCall
 from accel_hidiff.demo import DemoModelConfig
-from accel_hidiff.regions import TransformerRegion
+from accel_hidiff.flow import Flow
+from accel_hidiff.served import UNET
 from benchmarks import harness as h
 from compile_cache import CompileCache
 
@@ -90,33 +92,31 @@ def region_calls(handle: ah.Handle, trivial: h.TrivialUNet, size: h.Size) -> dic
     unet = patch.unet
     topology = next(iter(patch.plan(size.height, size.width, 1))).topology
     graphs = handle._graphs.unet(topology, size.height, size.width, h.GUIDANCE_BATCH)
-    bound, wrapped, alone = {}, [], []
+    flow = Flow(UNET, unet, {region.path: region for region in handle._installed.unet.regions}, patch.family)
+    given = h.unet_inputs(unet, size)
+    bound, alone = {}, []
 
     def package(image: Tensor, *rest: Tensor) -> Tensor:
         return image
 
+    def ends(sample: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return sample, sample
+
     for graph, sizes in graphs:
         region = graph.region
-        image, text, *_ = region.example(graph.traits, sizes, unet.dtype, unet.device)
+        stand_in: Any = ends if region.kind == "head" else package
         key = handle._dispatcher.binder.key(graph)
-        bound[region.path] = BoundCall(BoundRegion(package, graph.bucket), region, key, sizes)
-        if isinstance(region, TransformerRegion):
-            named: dict[str, Any] = {"encoder_hidden_states": text, "return_dict": False}
-            wrapped.append((region.module.forward, (image,), named))
-        else:
-            wrapped.append((region.module.forward, (image, text), {}))
-        alone.append((image, text))
+        bound[region.path] = BoundCall(BoundRegion(stand_in, graph.bucket), region, key, sizes)
+        alone.append((stand_in, region.example(graph.traits, sizes, unet.dtype, unet.device)))
 
-    def through_wrappers() -> None:
+    def through_flow() -> None:
         call = patch.scope.call
         assert call is not None
-        call.regions = bound
-        for forward, args, kwargs in wrapped:
-            forward(*args, **kwargs)
+        inputs = flow.inputs(bound, given.sample, given.timestep, given.added)
+        assert inputs is not None
+        flow.run(bound, call, inputs, given.text)
 
     def inside(run: Callable[[], None]) -> Callable[[], None]:
-        given = h.unet_inputs(unet, size)
-
         def turns() -> None:
             trivial.inside = run
             with patch.phase(**STEP):
@@ -127,8 +127,8 @@ def region_calls(handle: ah.Handle, trivial: h.TrivialUNet, size: h.Size) -> dic
         return turns
 
     return {
-        "wrappers": inside(through_wrappers),
-        "region stand-ins": inside(lambda: [package(*args) for args in alone] and None),
+        "wrappers": inside(through_flow),
+        "region stand-ins": inside(lambda: [stand_in(*args) for stand_in, args in alone] and None),
     }
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from accel_hidiff.families import Size, upsampled
 from accel_hidiff.forwards import every_other
-from accel_hidiff.regions.base import Axes, Forward, ImageGraphModule, Region, Sizes
+from accel_hidiff.regions.base import BATCH, SIDE, Axes, Forward, ImageGraphModule, Region, Sizes
 from accel_hidiff.topology import Topology
+from compile_cache import Range
 
 
 class _Sampler(Region):
@@ -54,6 +55,11 @@ class DownsamplerRegion(_Sampler):
 
     def traits(self, topology: Topology, controlled: bool = False) -> dict[str, Any]:
         return {"dilated": topology.dilated and self._can_dilate}
+
+    def ranges(self, traits: Mapping[str, Any]) -> dict[str, Range]:
+        # A side of 1 is no symbolic one, neither before nor after.
+        side = Range(5 if traits["dilated"] else 3, SIDE.maximum)
+        return {"batch": BATCH, "height": side, "width": side}
 
     def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
         def dilated(image: Tensor) -> Any:

@@ -29,8 +29,9 @@ BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpB
 class Served:
     """A pipeline whose UNet calls run its regions, uncompiled, and a patched one of the same weights."""
 
-    def __init__(self, family: str) -> None:
-        self.handle = ah.accelerate(models.build(family, "text2img"), backend="eager", hidiffusion=CONFIG)
+    def __init__(self, family: str, pipe: Any = None) -> None:
+        pipe = pipe or models.build(family, "text2img")
+        self.handle = ah.accelerate(pipe, backend="eager", hidiffusion=CONFIG)
         self.unet = self.handle.pipe.unet
         self.eager = models.build(family, "text2img").unet
         self.patch = ah.apply_hidiffusion(self.eager, config=CONFIG, family=self.handle.patch.family.name)
@@ -183,6 +184,16 @@ def test_another_forward_of_a_block_is_called(xl: Served) -> None:
     assert seen == [1]
 
 
+def test_a_forward_that_was_there_before_is_called() -> None:
+    pipe = models.build("sdxl", "text2img")
+    inner, seen = pipe.unet.forward, []
+    pipe.unet.forward = lambda *args, **kwargs: seen.append(1) or inner(*args, **kwargs)
+    served = Served("sdxl", pipe)
+    got, want = served.both(STEPS - 1, 16, 16)
+    assert relative_difference(got, want) < 1e-5
+    assert seen == [1]
+
+
 def test_parts_of_both_ends_that_are_exchanged_are_followed(xl: Served) -> None:
     plain, _ = xl.both(STEPS - 1, 16, 16)
     for unet in (xl.unet, xl.eager):
@@ -212,7 +223,7 @@ def test_timesteps_of_every_form(xl: Served, timestep: Any, flows: bool, no_bloc
 
 
 def test_conditions_of_another_dtype_are_not_rounded(xl: Served, no_blocks: Callable[[], int]) -> None:
-    """Sizes in pixels are no numbers of bfloat16: a call that gives them in float32 gets what eager computes of them."""
+    """Sizes in pixels are no numbers of bfloat16: given in float32, they stay in it."""
     positional, named = xl.given(16, 16)
     named["added_cond_kwargs"]["time_ids"] = named["added_cond_kwargs"]["time_ids"].double()
     xl.fill(0, 16, 16, 2)

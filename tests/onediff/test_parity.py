@@ -45,7 +45,7 @@ def _extra(pair: Pair) -> int:
 
 
 def test_equal_regions_share_a_program(sdxl: Pair) -> None:
-    """28 regions in three topologies at three sizes, and a decoder at each."""
+    """34 regions in three topologies at three sizes, and a decoder at each."""
     graphs = {
         binder.key(graph).digest
         for size in SIZES
