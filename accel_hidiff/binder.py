@@ -157,7 +157,7 @@ class Binder:
         constraints cover them, in an exact one otherwise."""
         traits = region.traits(topology, controlled)
         for shapes in dict.fromkeys((self.shapes, "exact")):
-            bucket = bucket_of(region, traits, sizes, shapes, self.backend.smallest_symbolic)
+            bucket = bucket_of(region, traits, sizes, shapes, self.backend.smallest_symbolic, device.type)
             wide = device.type == "cuda" and region.largest(sizes) >= _INDEX_LIMIT
             graph = RegionGraph(region, traits, bucket, example_sizes(bucket, sizes), dtype, device, wide)
             entry = self.entry(self.key(graph))
@@ -266,7 +266,8 @@ class Binder:
         for graph, sizes in graphs:
             chosen = graph
             if self.entry(self.key(graph)) is None:
-                bucket = bucket_of(graph.region, graph.traits, sizes, "symbolic", self.backend.smallest_symbolic)
+                smallest, device = self.backend.smallest_symbolic, graph.device.type
+                bucket = bucket_of(graph.region, graph.traits, sizes, "symbolic", smallest, device)
                 examples = example_sizes(bucket, sizes)
                 chosen = replace(graph, bucket=bucket, example_sizes=examples)
                 entry = self.entry(self.key(chosen))

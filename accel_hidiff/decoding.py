@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from accel_hidiff.config import DecodeConfig
 from accel_hidiff.errors import BadInput
+from accel_hidiff.forms import in_parts, rows_of_parts
 from accel_hidiff.schedule import LATENT_CELL
 
 # What a decode holds at its peak: images of the widest feature map, and bytes beside them that do not grow with the
@@ -65,8 +66,9 @@ class Decode:
     def peak_bytes(self) -> int:
         """Upper bound of what it takes at once, weights not counted.
 
-        Attention is not in it: torch's kernels never hold its N x N matrix, and the rest of it is smaller than the
-        last feature maps.
+        Attention counts in a GPU's compiled graph alone, where the scores of a part of the queries are written
+        (`forms.attention_in_parts`): torch's kernels never hold its N x N matrix, and the rest of it is smaller than
+        the last feature maps.
 
         >>> Decode(512, 512, 1, (128, 256, 512, 512), 2, "cuda", compiled=False).peak_bytes() // 10**9
         36
@@ -80,7 +82,15 @@ class Decode:
         device = self.device if self.device == "cpu" else "cuda"
         images, beside = _NEEDS[device, self.compiled]
         images = _UNFOLDED if self.unfolded else images
-        return int(images * widest * self.itemsize * self.batch) + beside
+        return max(int(images * widest * self.itemsize * self.batch), self._attention_bytes()) + beside
+
+    def _attention_bytes(self) -> int:
+        """What attention in parts holds at its peak: scores, and as many numbers again that they are rounded to, beside
+        six maps of tokens (input, residual, query, key, value and result)."""
+        tokens, width = self.height * self.width, self.widths[-1]
+        if self.device == "cpu" or not self.compiled or self.itemsize != 2 or not in_parts(width, tokens):
+            return 0
+        return tokens * (rows_of_parts(tokens)[-1] * (4 + self.itemsize) + 6 * width * self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,15 @@ def decode_in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tiles: 
                 image[number, :, y, x] += decoded[0] * (ramps[0][row, y, None] * ramps[1][column, None, x])
     assert image is not None, "latents without an image"
     return image.to(dtype)
+
+
+def decode_one_by_one(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, 3, f h, f w): one image after the other.
+
+    Args:
+        decode: decodes (1, C, h, w).
+    """
+    return torch.cat([decode(_dense_like(cells, latents)) for cells in latents.split(1)])
 
 
 def _dense_like(cells: Tensor, latents: Tensor) -> Tensor:

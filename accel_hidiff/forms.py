@@ -1,8 +1,8 @@
 """The form that an operator is traced in: the same numbers by other steps, where a device is faster at them.
 
 torch decomposes each operator in one way for all devices. These are other ways, for graphs that are compiled for a GPU
-and hold their images in channels_last: sums are taken along the axis that lies in memory, and nothing is transposed.
-What they give differs from torch's by rounding alone.
+and hold their images in channels_last: sums are taken along the axis that lies in memory, and nothing is transposed;
+attention of a head that no fused kernel is fast at is products. What they give differs from torch's by rounding alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,81 @@ def group_norm(
     return (tokens * scale + shift).to(image.dtype).transpose(1, 2).view(image.shape)
 
 
-_CHANNELS_LAST: Final[Mapping[Any, Callable[..., Tensor]]] = {F.group_norm: group_norm}
+_HALF: Final = (torch.float16, torch.bfloat16)
+# Heads wider than this have no fast kernel of attention: torch's own reaches a fifth of what products reach on them.
+_FAST_HEAD: Final = 256
+# Queries go in so many parts, each of whose scores are in memory for a while: at 2048x2048, of 65536 tokens, 1.07 GB.
+# Parts of fewer rows would leave multiprocessors of a GPU idle in the second product.
+_PARTS: Final = 16
+# With more (4096x4096) a part's scores would fill more memory than all else.
+_MOST_TOKENS: Final = 512 * 512
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`; of one image and one wide head of half numbers in parts."""
+    plain = attn_mask is None and not dropout_p and not is_causal and not enable_gqa
+    if plain and query.dtype in _HALF and _is_one_head(query) and in_parts(query.shape[-1], query.shape[2]):
+        return attention_in_parts(query, key, value, scale)
+    options = attn_mask, dropout_p, is_causal
+    return F.scaled_dot_product_attention(query, key, value, *options, scale=scale, enable_gqa=enable_gqa)
+
+
+def attention_in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of (1, 1, N, D) tensors: for each part of the queries two products, and a softmax between.
+
+    As exact as flash attention, and rounded where that rounds (T. Dao et al., arXiv 2205.14135): scores and all sums
+    are float32, what multiplies the values is at most 1 and rounded once, and its sum divides the result.
+    """
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    queries, keys, values = (tensor.reshape(tensor.shape[-2:]) for tensor in (query, key, value))
+    outs = []
+    for part in torch.split(queries, rows_of_parts(queries.shape[0])):
+        scores = _product(part, keys.t()) * factor
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        summed = _product(weights.to(value.dtype), values)
+        outs.append((summed / weights.sum(-1, keepdim=True)).to(value.dtype))
+    return torch.cat(outs)[None, None]
+
+
+def in_parts(head_width: int, tokens: int) -> bool:
+    """Whether a GPU's graph of half numbers has the attention of one head in parts; `tokens` may be symbolic."""
+    return head_width > _FAST_HEAD and not statically_known_true(tokens > _MOST_TOKENS)
+
+
+def rows_of_parts(tokens: int) -> list[int]:
+    """The queries of each part; the last one has what is left over.
+
+    >>> rows_of_parts(65536)[0], rows_of_parts(35)[-1], sum(rows_of_parts(3))
+    (4096, 5, 3)
+    """
+    rows = tokens // _PARTS
+    return [rows] * (_PARTS - 1) + [tokens - (_PARTS - 1) * rows]
+
+
+def _is_one_head(query: Tensor) -> bool:
+    return query.ndim == 4 and all(isinstance(size, int) and size == 1 for size in query.shape[:2])
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """(n, m) float32, whatever numbers are multiplied. torch has no CPU kernel for that."""
+    if left.device.type == "cuda" and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())
+
+
+_CHANNELS_LAST: Final[Mapping[Any, Callable[..., Tensor]]] = {
+    F.group_norm: group_norm,
+    F.scaled_dot_product_attention: attention,
+}
 
 
 class TracedInForms(TorchFunctionMode):

@@ -28,6 +28,7 @@ from accel_hidiff.decoding import (
     Tiles,
     choose_tiles,
     decode_in_tiles,
+    decode_one_by_one,
     free_memory,
     require_dtype,
     unfolds,
@@ -329,10 +330,19 @@ class ServedDecoder:
         if not self._widths:
             return None
         dtype = self.dtype or dtype
-        compiled = self.dispatcher.binder.backend.name != "eager"
+        at_once = 1 if self._one_by_one(device) else batch
         unfolded = unfolds(device, dtype)
-        decode = Decode(height, width, batch, self._widths, dtype.itemsize, device.type, compiled, unfolded)
+        decode = Decode(height, width, at_once, self._widths, dtype.itemsize, device.type, self._compiled, unfolded)
         return choose_tiles(self.config, decode, free_memory(device) if self.config.tiles == "auto" else None)
+
+    @property
+    def _compiled(self) -> bool:
+        return self.dispatcher.binder.backend.name != "eager"
+
+    def _one_by_one(self, device: torch.device) -> bool:
+        """Whether a batch is decoded image by image: on a GPU, whose graph is of one (`DecoderRegion.ranges_on`), and
+        which one image of any size keeps busy."""
+        return self._compiled and device.type == "cuda"
 
     def _forward(self, vae: Any) -> Forward:
         def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -342,10 +352,15 @@ class ServedDecoder:
                 sample = sample.to(shadow.dtype)
             batch, _, height, width = sample.shape
             tiles = self.tiles(height, width, batch, sample.dtype, sample.device)
-            if tiles is None:
-                return self._run(vae, sample, *args, **kwargs).to(given)
-            self._tell(tiles, height, width)
-            return decode_in_tiles(lambda cells: self._run(vae, cells, *args, **kwargs), sample, tiles).to(given)
+
+            def run(cells: Tensor) -> Tensor:
+                return self._run(vae, cells, *args, **kwargs)
+
+            if tiles is not None:
+                self._tell(tiles, height, width)
+                return decode_in_tiles(run, sample, tiles).to(given)
+            one_by_one = batch > 1 and self._one_by_one(sample.device)
+            return (decode_one_by_one(run, sample) if one_by_one else run(sample)).to(given)
 
         return forward
 

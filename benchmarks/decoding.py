@@ -4,6 +4,9 @@
 in [-1, 1], mean and largest, within the overlaps of tiles and elsewhere, beside the mean error of the whole decode
 against the picture itself. The demo VAE has no attention and one group per norm, so that a norm sees all of a tile.
 `dtype`: the same pictures decoded in bfloat16 against float32; the weights of the demo VAE are float16 numbers.
+`forms`: the same in channels_last, by the operators' own forms and by those that a GPU's graph is traced in
+(`accel_hidiff.forms`), which run on the CPU here, and each in float32 too. The demo VAE has no attention: that is
+compared on drawn numbers, one head of 512, whose queries attend to many keys or (`sharp`) to few; relative errors.
 `memory`: the resident memory that a decode of random weights adds in a process of its own, at its peak, and the
 estimate; with `isa`, oneDNN is told to use no more than those instructions. Linux only: its kernel knows the peak, and
 its heap is told to give every block back (`man mallopt`), so that two runs give the same number. The estimate allows
@@ -12,17 +15,20 @@ for a heap that does not.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor
@@ -30,12 +36,14 @@ from torch import Tensor
 from accel_hidiff.decoding import Decode, InDtype, Tiles, decode_in_tiles, unfolds
 from accel_hidiff.demo import scenes
 from accel_hidiff.demo.trained import trained_model
+from accel_hidiff.forms import attention, forms_of
 from benchmarks import harness as h
 
 SIZES = (h.Size(512, 512), h.Size(768, 448))
 TILES = (128, 256)
 OVERLAPS = (0, 16, 32, 64, 96, 128)
 MEMORY = (((32, 64, 128, 128), 512), ((32, 64, 128, 128), 1024), ((128, 256, 512, 512), 256))
+TOKENS, HEAD = 4096, 512  # of attention
 _GIVEN_BACK = 1 << 16  # bytes of a block from which on the heap gives it back at once
 
 
@@ -119,6 +127,38 @@ def dtypes(report: h.Report, vae: Any, sizes: tuple[h.Size, ...], seeds: int) ->
         grey = {"mean_levels": float(off.mean()) * 127.5, "max_levels": float(off.max()) * 127.5}
         differences = {"mean": float(off.mean()), "max": float(off.max()), **grey}
         report.add(what="dtype", size=str(size), dtype="bfloat16", pictures=seeds, **h.rounded_row(differences))
+
+
+def formed(report: h.Report, vae: Any, sizes: tuple[h.Size, ...], seeds: int) -> None:
+    """Differences of decodes by a GPU's forms from the plain one in float32, beside those of plain ones."""
+    gpu = torch.device("cuda"), torch.channels_last
+    decoders = {"float32": copy.deepcopy(vae.decoder), "bfloat16": InDtype(vae.decoder, torch.bfloat16).module}
+    for decoder in decoders.values():
+        decoder.to(memory_format=torch.channels_last)
+    for size in sizes:
+        latents = [vae.post_quant_conv(vae.encode(picture(seed, size)).latent_dist.mode()) for seed in range(seeds)]
+        wholes = [vae.decoder(cells) for cells in latents]
+        for (dtype, decoder), forms in itertools.product(decoders.items(), (False, True)):
+            offs = []
+            for cells, whole in zip(latents, wholes, strict=True):
+                given = cells.to(dtype=getattr(torch, dtype), memory_format=torch.channels_last)
+                with forms_of(*gpu) if forms else nullcontext():
+                    offs.append((decoder(given).float() - whole).abs())
+            off = torch.stack(offs)
+            levels = {"mean_levels": float(off.mean()) * 127.5, "max_levels": float(off.max()) * 127.5}
+            report.add(what="forms", size=str(size), dtype=dtype, forms=forms, pictures=seeds, **h.rounded_row(levels))
+
+
+def attention_errors(report: h.Report, tokens: int) -> None:
+    """Relative errors of attention in bfloat16 against float64, by torch's kernel and by a GPU's form."""
+    for sharp in (1, 4):
+        draw = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(1, 1, tokens, HEAD, generator=draw) for _ in range(3))
+        query, key, value = (tensor.bfloat16() for tensor in (query * sharp, key, value))
+        want = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+        made = {"plain": F.scaled_dot_product_attention(query, key, value), "form": attention(query, key, value)}
+        errors = {name: float((out.double() - want).norm() / want.norm()) for name, out in made.items()}
+        report.add(what="attention", tokens=tokens, head=HEAD, sharp=sharp, dtype="bfloat16", **h.rounded_row(errors))
 
 
 @dataclass(frozen=True)
@@ -231,14 +271,21 @@ def main() -> None:
         return
     parser = h.arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=16, help="pictures of each size")
+    parser.add_argument("--only", choices=("seams", "dtype", "forms", "memory"), help="one part; default: all")
     options = h.parsed(parser)
     report = h.Report(options.out, options.tiny)
     vae = AutoencoderKL.from_pretrained(trained_model() / "vae").eval()
     sizes = tuple(options.size or (SIZES[:1] if options.tiny else SIZES))
     seeds = 1 if options.tiny else options.seeds
-    seams(report, vae, sizes, seeds)
-    dtypes(report, vae, sizes, seeds)
-    memory(report, memory_cases(options.tiny))
+    if options.only in (None, "seams"):
+        seams(report, vae, sizes, seeds)
+    if options.only in (None, "dtype"):
+        dtypes(report, vae, sizes, seeds)
+    if options.only in (None, "forms"):
+        formed(report, vae, sizes, seeds)
+        attention_errors(report, 256 if options.tiny else TOKENS)
+    if options.only in (None, "memory"):
+        memory(report, memory_cases(options.tiny))
 
 
 if __name__ == "__main__":

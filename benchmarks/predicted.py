@@ -8,10 +8,15 @@ eager between the regions is not in it: samplers, concatenations, the first and 
 
 For each package also: passes over its widest token or image (bytes over the bytes of the region's output), kernels with
 64-bit indices, run-time divisions, transposing kernels. Needs the extra `cuda-build` unless the cache is filled.
+
+`--packages` reads packages that something else made, by other means or of another commit: a folder with them and
+`calls.json`, which has of each kind of call a list of {"file", "path", "inputs", "times"}: a package, a region's path,
+(sizes, dtype, strides) of each input, and how many regions of the call are alike.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,10 +43,15 @@ def main() -> None:
     parser = h.arguments(__doc__)
     parser.add_argument("--target", default="sm_90", help="what to compile for")
     parser.add_argument("--cache", type=Path, help="a compile cache to fill, or a filled one")
+    parser.add_argument("--packages", type=Path, help="a folder of packages that something else made")
     parser.add_argument("--model", default="arch:sdxl", help="an architecture or a diffusers folder")
     options = h.parsed(parser)
     report = h.Report(options.out, options.tiny)
     side = 256 if options.tiny else SIDE
+    if options.packages is not None:
+        for row in folder_predictions(options.packages):
+            report.add(**row)
+        return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         handle = skeleton(options.model, options.target, options.cache or Path(scratch))
         handle.precompile([(side, side)], STEPS, batch_sizes=(BATCH,), jobs=2)
@@ -82,6 +92,22 @@ def predictions(handle: Handle, side: int) -> list[dict[str, Any]]:
     return rows
 
 
+def folder_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The same of packages that something else made (`--packages`)."""
+    rows: list[dict[str, Any]] = []
+    for name, regions in json.loads((folder / "calls.json").read_text(encoding="utf-8")).items():
+        total = Work()
+        for region in regions:
+            facts = read_package(folder / region["file"], region["inputs"])
+            work = work_of(facts)
+            total += work * region["times"]
+            said = {"region": region["path"], "size": "x".join(map(str, region["inputs"][0][0]))}
+            rows.append({"call": name, **said, **_facts(facts, work), "times": region["times"]})
+        times = sum(region["times"] for region in regions)
+        rows.append({"call": name, "regions": times, **_rounded(total.milliseconds(H200))})
+    return rows
+
+
 def package_of(handle: Handle, graph: RegionGraph) -> Path:
     """Where the package of a graph lies; equal ones at one place."""
     binder = handle._dispatcher.binder
@@ -102,13 +128,19 @@ def _row(graph: RegionGraph, sizes: Sizes, facts: PackageFacts, work: Work) -> d
     module: Any = graph.region.module
     image = sizes["batch"] * sizes["height"] * sizes["width"] * 2  # bytes of one channel
     channels = graph.region.channels if graph.region.kind == "transformer" else getattr(module, "out_channels", 0)
-    kernels = facts.kernels.values()
     return {
         "region": graph.region.path,
         "size": f"{sizes['batch']}x{graph.region.channels}x{sizes['height']}x{sizes['width']}",
+        "passes": h.rounded(work.moved / (image * channels), 3) if channels else 0,
+        **_facts(facts, work),
+    }
+
+
+def _facts(facts: PackageFacts, work: Work) -> dict[str, Any]:
+    kernels = facts.kernels.values()
+    return {
         **_rounded(work.milliseconds(H200)),
         "moved_mb": h.rounded(work.moved / 1e6),
-        "passes": h.rounded(work.moved / (image * channels), 3) if channels else 0,
         "int64_kernels": sum(kernel.int64 for kernel in kernels),
         "divisions": max((kernel.divisions for kernel in kernels), default=0),
         "transposing": sum(kernel.transposes for kernel in kernels),

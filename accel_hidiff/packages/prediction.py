@@ -14,8 +14,10 @@ from accel_hidiff.packages.facts import PackageFacts
 from accel_hidiff.packages.kernels import traffic
 from accel_hidiff.packages.wrapper import Call, Tensor
 
-_PRODUCTS: Final = ("mm_out", "addmm_out", "bmm_out", "baddbmm_out")
+_WIDENING: Final = "mm_dtype_out"  # its result is wider than its factors: float32 scores
+_PRODUCTS: Final = ("mm_out", "addmm_out", "bmm_out", "baddbmm_out", _WIDENING)
 _ATTENTION: Final = "_scaled_dot_product_"
+_WIDE_HEAD: Final = 256  # wider ones no kernel is made for
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,13 @@ class Speeds:
     products: float
     convolutions: float
     attention: float
+    wide_attention: float
     memory: float
 
 
 # In bfloat16, inside of a UNet step (benchmarks/results/gpu/h200-prototype-2026-11-27.jsonl): convolutions from 430 to
-# 670, attention by cuDNN from 430 to 470.
-H200: Final = Speeds(products=690, convolutions=550, attention=450, memory=4.1)
+# 670, attention by cuDNN from 430 to 470; of a head of 512, in a VAE, 140.
+H200: Final = Speeds(products=690, convolutions=550, attention=450, wide_attention=140, memory=4.1)
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,14 @@ class Work:
 
     Attributes:
         products, convolutions, attention: operations.
-        moved: bytes that Triton's kernels read and write.
+        wide_attention: operations of attention by heads of more than 256 channels.
+        moved: bytes that Triton's kernels read and write, and scores that products write.
     """
 
     products: float = 0.0
     convolutions: float = 0.0
     attention: float = 0.0
+    wide_attention: float = 0.0
     moved: float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -65,7 +70,7 @@ class Work:
         given = {
             "products": self.products / speeds.products,
             "convolutions": self.convolutions / speeds.convolutions,
-            "attention": self.attention / speeds.attention,
+            "attention": self.attention / speeds.attention + self.wide_attention / speeds.wide_attention,
             "kernels": self.moved / speeds.memory,
         }
         found = {name: value / 1e9 for name, value in given.items()}
@@ -88,11 +93,13 @@ def _of_operator(call: Call) -> Work:
     tensors = [tensor for tensor in call.arguments if tensor is not None]
     if call.name in _PRODUCTS:
         left, right = [tensor for tensor in tensors if len(tensor.sizes) > 1][-2:]
-        return Work(products=2 * left.count * right.sizes[-1])
+        written = 0 if call.name != _WIDENING or call.out is None else call.out.bytes
+        return Work(products=2 * left.count * right.sizes[-1], moved=written)
     if call.name == "convolution" and call.out is not None:
         weight: Tensor = tensors[1]
         return Work(convolutions=2 * call.out.count * math.prod(weight.sizes[1:]))
     if call.name.startswith(_ATTENTION):
         query, key = tensors[:2]
-        return Work(attention=4 * query.count * key.sizes[-2])
+        operations = 4 * query.count * key.sizes[-2]
+        return Work(wide_attention=operations) if query.sizes[-1] > _WIDE_HEAD else Work(attention=operations)
     return Work()

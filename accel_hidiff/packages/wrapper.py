@@ -25,7 +25,7 @@ _EMPTY: Final = re.compile(
     r"aoti_torch_empty_strided\(\d+, (int_array_\d+), (int_array_\d+), cached_torch_dtype_(\w+),.*&(\w+)_handle\)"
 )
 _MOVED: Final = re.compile(r"auto (\w+) = std::move\((\w+)\);")
-_VIEW: Final = re.compile(r"reinterpret_tensor_wrapper\((\w+), \d+, (int_array_\d+), (int_array_\d+), ([^()]*)\)")
+_VIEW: Final = re.compile(r"reinterpret_tensor_wrapper\((\w+), \d+, (int_array_\d+), (int_array_\d+), ")
 _NAMED_VIEW: Final = re.compile(r"auto (\w+) = wrap_with_raii_handle_if_needed\((reinterpret_tensor_wrapper\(.*?\))\)")
 _SAME: Final = re.compile(r"aoti_torch_new_tensor_handle\((\w+), &(\w+)\)")
 _HANDLE: Final = re.compile(r"RAIIAtenTensorHandle\((\w+)\)")

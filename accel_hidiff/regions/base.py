@@ -34,6 +34,7 @@ Axes = tuple[Mapping[int, str | Share], ...]
 SIDE = Range(2, 512)
 EVEN_SIDE = Range(2, 512, 2)
 LATENT_SIDE = Range(16, 512, 8)
+DECODED_SIDE = Range(8, 512)  # on a GPU
 BATCH = Range(1, 8)
 TOKENS = Range(1, 1024)
 
@@ -121,6 +122,10 @@ class Region:
     def ranges(self, traits: Mapping[str, Any]) -> dict[str, Range]:
         """The widest symbolic range of each dimension; a dimension that is not listed is always exact."""
         return {"batch": BATCH, "height": SIDE, "width": SIDE}
+
+    def ranges_on(self, device: str, traits: Mapping[str, Any]) -> dict[str, Range]:
+        """The same in graphs for a type of device."""
+        return self.ranges(traits)
 
     def largest(self, sizes: Sizes) -> int:
         """Numbers in the largest tensor of a call, or more."""
@@ -228,7 +233,12 @@ class RegionGraph:
 
 
 def bucket_of(
-    region: Region, traits: Mapping[str, Any], sizes: Sizes, shapes: str, smallest: int | None = 1
+    region: Region,
+    traits: Mapping[str, Any],
+    sizes: Sizes,
+    shapes: str,
+    smallest: int | None = 1,
+    device: str = "cpu",
 ) -> ShapeBucket:
     """The one bucket that a call falls into.
 
@@ -236,8 +246,9 @@ def bucket_of(
         smallest: the smallest size that the compiler keeps symbolic; below, sizes are exact. None: all are.
         shapes: "symbolic": each dimension takes its widest range where its size is inside, its exact size elsewhere
             (odd feature maps under window attention); "exact": every dimension exact.
+        device: type of the device that the graph is for.
     """
-    widest = region.ranges(traits) if shapes == "symbolic" and smallest is not None else {}
+    widest = region.ranges_on(device, traits) if shapes == "symbolic" and smallest is not None else {}
     ranges = {name: Range(max(r.minimum, smallest or 1), r.maximum, r.multiple) for name, r in widest.items()}
     return ShapeBucket(
         {

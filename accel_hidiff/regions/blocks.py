@@ -10,14 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from accel_hidiff.call import CallScope, RegionCall, UNetCall
 from accel_hidiff.families import Size
+from accel_hidiff.forms import in_parts, rows_of_parts
 from accel_hidiff.regions.base import (
     BATCH,
+    DECODED_SIDE,
     EVEN_SIDE,
     SIDE,
     TOKENS,
@@ -185,6 +188,12 @@ class DecoderRegion(Region):
     def axes(self, traits: Mapping[str, Any]) -> Axes:
         return ({0: "batch", 2: "height", 3: "width"},)
 
+    def ranges_on(self, device: str, traits: Mapping[str, Any]) -> dict[str, Range]:
+        # A GPU decodes one image at a time (`served.ServedDecoder`): its attention has a form for one.
+        return (
+            {"height": DECODED_SIDE, "width": DECODED_SIDE} if device == "cuda" else super().ranges_on(device, traits)
+        )
+
     @property
     def channels(self) -> int:
         return int(self.module.conv_in.in_channels)
@@ -194,6 +203,12 @@ class DecoderRegion(Region):
         # Each block but the last one ends with an upsampler: its output has the block's channels at twice the side.
         widths = [int(block.resnets[-1].out_channels) for block in self.module.up_blocks]
         return max(width << 2 * min(level + 1, len(widths) - 1) for level, width in enumerate(widths))
+
+    def largest(self, sizes: Sizes) -> int:
+        # On a GPU attention writes the scores of a part of the queries, of all tokens each.
+        tokens = sizes["height"] * sizes["width"]
+        scored = any(in_parts(width, tokens) for width in head_widths(self.module))
+        return max(super().largest(sizes), rows_of_parts(tokens)[-1] * tokens if scored else 0)
 
     def example(
         self, traits: Mapping[str, Any], sizes: Sizes, dtype: torch.dtype, device: torch.device
@@ -207,6 +222,13 @@ class DecoderRegion(Region):
         if len(args) != 1 or any(value is not None for value in kwargs.values()):
             return self.inner(*args, **kwargs)
         return compiled(args[0])
+
+
+def head_widths(module: nn.Module) -> list[int]:
+    """Channels of a head of each attention in a module."""
+    return [
+        attention.inner_dim // attention.heads for attention in module.modules() if isinstance(attention, Attention)
+    ]
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

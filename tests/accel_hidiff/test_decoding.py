@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +33,7 @@ from accel_hidiff.deploy import load_deployment
 from accel_hidiff.errors import BadInput
 from accel_hidiff.regions import DecoderRegion, RegionGraph
 from accel_hidiff.regions.base import bucket_of, example_sizes
-from accel_hidiff.served import DECODER
+from accel_hidiff.served import DECODER, ServedDecoder
 from benchmarks.decoding import PeakCase
 from tests import models, needs
 
@@ -158,6 +160,18 @@ def test_the_estimate_grows_with_what_it_depends_on() -> None:
     assert Decode(8, 8, 1, (8,), 4, "cuda", False).peak_bytes() > 8 * 64 * 4
 
 
+def test_attention_in_parts_is_in_the_estimate_of_a_gpus_compiled_graph() -> None:
+    """Where it is more than the widest image: here only with narrow images, or more tokens than a UNet makes."""
+    narrow = Decode(512, 512, 1, (8, 8, 512), 2, "cuda", compiled=True)
+    scores = 512**4 // 16 * 6
+    assert scores < narrow.peak_bytes() < 1.1 * scores
+    for other in ({"compiled": False}, {"itemsize": 4}, {"device": "cpu"}, {"widths": (8, 8, 256)}):
+        assert dataclasses.replace(narrow, **other).peak_bytes() < scores  # type: ignore[arg-type]
+    for side in (1024, 2048, 4096):
+        compiled = dataclasses.replace(cuda_decode(side), compiled=True)
+        assert compiled.peak_bytes() == cuda_decode(side).peak_bytes()
+
+
 def test_free_memory_of_this_machine() -> None:
     free = free_memory(torch.device("cpu"))
     assert free is not None and free > 1 << 20
@@ -280,6 +294,35 @@ def test_images_are_tiled_one_by_one() -> None:
         both = handle.pipe.vae.decode(latents).sample
         single = [handle.pipe.vae.decode(one[None]).sample for one in latents]
     assert torch.equal(both, torch.cat(single))
+
+
+def test_a_gpus_compiled_decoder_takes_a_batch_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = accelerated()
+    monkeypatch.setattr(ServedDecoder, "_one_by_one", lambda self, device: True)
+    seen: list[int] = []
+    run = ServedDecoder._run
+    monkeypatch.setattr(
+        ServedDecoder, "_run", lambda self, vae, cells: seen.append(len(cells)) or run(self, vae, cells)
+    )
+    vae = handle.pipe.vae.to(memory_format=torch.channels_last)
+    latents = torch.randn(3, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        both = vae.decode(latents).sample
+        assert seen == [1, 1, 1]
+        single = [vae.decode(one[None]).sample for one in latents]
+    assert torch.equal(both, torch.cat(single)) and both.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_which_decoders_go_image_by_image() -> None:
+    decoder = accelerated()._installed.decoder
+    assert not decoder._one_by_one(torch.device("cuda")), "eager ones decode as they did"
+    decoder.dispatcher.binder.backend = SimpleNamespace(name="aot")
+    assert decoder._one_by_one(torch.device("cuda")) and not decoder._one_by_one(torch.device("cpu"))
+    few = {"dtype": torch.bfloat16, "device": torch.device("cuda")}
+    decoder.config = DecodeConfig(max_memory=10 * GIB)
+    decoder._widths = SDXL
+    assert decoder.tiles(256, 256, 8, **few) is None, "the memory of one image"
 
 
 @needs.needs_aot

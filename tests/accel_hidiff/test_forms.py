@@ -9,16 +9,27 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import Decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accel_hidiff as ah
+from accel_hidiff import forms
 from accel_hidiff.backends import aot_program
 from accel_hidiff.backends.aot_cuda import options_of
-from accel_hidiff.forms import TracedInForms, end_detours, forms_of, group_norm
-from accel_hidiff.regions import Region, RegionGraph, bucket_of, example_sizes
+from accel_hidiff.forms import (
+    TracedInForms,
+    attention,
+    attention_in_parts,
+    end_detours,
+    forms_of,
+    group_norm,
+    in_parts,
+    rows_of_parts,
+)
+from accel_hidiff.regions import DecoderRegion, Region, RegionGraph, bucket_of, example_sizes
 from accel_hidiff.topology import PLAIN, Topology
 from tests import models
 from tests.compiled.conftest import relative_difference
@@ -36,6 +47,14 @@ def regions() -> Iterator[dict[str, Region]]:
         model.to(memory_format=torch.channels_last)
     handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), backend="eager")
     yield handle._installed.regions()
+
+
+def wide_decoder() -> DecoderRegion:
+    """With one head that no fast kernel of attention takes."""
+    kinds, widths = ("UpDecoderBlock2D",) * 2, (8, 264)
+    decoder = Decoder(4, 3, kinds, widths, layers_per_block=1, norm_num_groups=4).eval().requires_grad_(False)
+    decoder.to(memory_format=torch.channels_last)
+    return DecoderRegion(DECODER, decoder, decoder.forward)
 
 
 def graph_of(region: Region, topology: Topology, sizes: dict[str, int], shapes: str = "symbolic") -> RegionGraph:
@@ -80,6 +99,68 @@ class TestGroupNorm:
         assert group_norm(half, 32).dtype == torch.bfloat16 and ours <= 1.01 * torchs
 
 
+def heads(tokens: int, keys: int | None = None, width: int = 320, sharp: float = 1) -> list[Tensor]:
+    """Query, key and value of one head; the sharper, the fewer keys a query attends to."""
+    draw = torch.Generator().manual_seed(tokens)
+    query, key, value = (torch.randn(1, 1, n, width, generator=draw) for n in (tokens, *[keys or tokens] * 2))
+    return [query * sharp, key, value]
+
+
+class TestAttention:
+    @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 33, 35 * 35, 37 * 29])
+    @pytest.mark.parametrize("sharp", [1, 4])
+    def test_it_is_torchs(self, tokens: int, sharp: float) -> None:
+        given = heads(tokens, sharp=sharp)
+        want = F.scaled_dot_product_attention(*given)
+        assert relative_difference(attention_in_parts(*given), want) < 1e-5
+
+    @pytest.mark.parametrize("tokens", [33, 35 * 35])
+    @pytest.mark.parametrize("sharp", [1, 4])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_as_exact_as_torchs(self, tokens: int, sharp: float, dtype: torch.dtype) -> None:
+        """Also where few keys have all the weight. On a CPU the products are those of float32 numbers, which halves
+        are, and summed in float32 as a GPU's."""
+        given = [tensor.to(dtype) for tensor in heads(tokens, sharp=sharp)]
+        want = F.scaled_dot_product_attention(*(tensor.double() for tensor in given))
+        ours, torchs = ((form(*given).double() - want).norm() for form in (attention, F.scaled_dot_product_attention))
+        assert attention(*given).dtype == dtype and ours <= 1.1 * torchs
+
+    def test_scales_and_other_keys(self) -> None:
+        given = heads(40, 23)
+        want = F.scaled_dot_product_attention(*given, scale=0.3)
+        assert relative_difference(attention_in_parts(*given, 0.3), want) < 1e-5
+
+    @pytest.mark.parametrize("tokens", [1, 15, 16, 65536, 65536 + 15])
+    def test_parts_are_all_queries(self, tokens: int) -> None:
+        rows = rows_of_parts(tokens)
+        assert sum(rows) == tokens and len(set(rows[:-1])) == 1 and 0 <= rows[-1] - rows[0] < len(rows)
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "options", "parts"),
+        [
+            ((1, 1, 64, 512), torch.bfloat16, {}, True),
+            ((1, 1, 64, 512), torch.float16, {"dropout_p": 0.0, "is_causal": False, "attn_mask": None}, True),
+            ((1, 1, 64, 512), torch.float32, {}, False),
+            ((1, 1, 64, 256), torch.bfloat16, {}, False),  # flash attention takes it
+            ((1, 2, 64, 512), torch.bfloat16, {}, False),
+            ((2, 1, 64, 512), torch.bfloat16, {}, False),
+            ((1, 64, 512), torch.bfloat16, {}, False),
+            ((1, 1, 64, 512), torch.bfloat16, {"is_causal": True}, False),
+            ((1, 1, 64, 512), torch.bfloat16, {"attn_mask": torch.zeros(64, 64, dtype=torch.bfloat16)}, False),
+        ],
+    )
+    def test_which_calls_go_in_parts(
+        self, shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], parts: bool
+    ) -> None:
+        query = torch.randn(shape).to(dtype)
+        with Called() as seen:
+            attention(query, query, query, **options)
+        assert (seen.names.count("aten.mm.default") == 32) == parts
+
+    def test_more_tokens_than_a_graph_has_parts_for_are_torchs(self) -> None:
+        assert in_parts(512, 512 * 512) and not in_parts(512, 512 * 512 + 1)
+
+
 class TestForms:
     def test_only_gpus_and_channels_last_have_them(self) -> None:
         image = torch.randn(1, 8, 4, 4)
@@ -117,6 +198,34 @@ class TestForms:
                 want, got = module(*inputs), program.module()(*inputs)
             assert relative_difference(got, want) < 1e-5
             assert got.is_contiguous(memory_format=torch.channels_last) or path == DECODER
+
+    @pytest.mark.parametrize(
+        ("shapes", "sides"), [("symbolic", [(8, 8), (9, 13), (16, 16), (31, 17)]), ("exact", [(3, 5)])]
+    )
+    def test_a_decoder_with_a_wide_head_gives_what_eager_gives(
+        self, monkeypatch: pytest.MonkeyPatch, shapes: str, sides: list[tuple[int, int]]
+    ) -> None:
+        """At any size: nothing of the example's remains in the graph, which 16 parts divide evenly."""
+        monkeypatch.setattr(forms, "_HALF", (torch.float32,))
+        region, sizes = wide_decoder(), [{"batch": 1, "height": height, "width": width} for height, width in sides]
+        bucket = bucket_of(region, {}, sizes[0], shapes, device="cuda")
+        program = exported(RegionGraph(region, {}, bucket, example_sizes(bucket, sizes[0]), torch.float32, CPU))
+        assert not any("scaled_dot" in str(node.target) for node in program.graph.nodes)
+        for one in sizes:
+            latents = region.image(one, torch.float32, CPU)
+            with torch.no_grad():
+                want, got = region.module(latents), program.module()(latents)
+            assert relative_difference(got, want) < 1e-5
+
+    def test_a_gpu_decodes_one_image_at_a_time(self) -> None:
+        region, sizes = wide_decoder(), {"batch": 3, "height": 16, "width": 24}
+        on_gpu, on_cpu = (bucket_of(region, {}, sizes, "symbolic", device=device).dims for device in ("cuda", "cpu"))
+        assert on_gpu["batch"].is_exact and not on_gpu["height"].is_exact and not on_cpu["batch"].is_exact
+
+    def test_scores_count_among_the_largest_tensors(self) -> None:
+        """Of a GPU's graph, whose indices they decide."""
+        region, sizes = wide_decoder(), {"batch": 1, "height": 512, "width": 512}
+        assert region.largest(sizes) == 512**4 // 16 > 512**2 * region.width
 
 
 class TestDetours:

@@ -29,6 +29,7 @@ from accel_hidiff.crosscompile import standins
 from accel_hidiff.crosscompile.requirements import judge, look
 from accel_hidiff.crosscompile.session import Session
 from accel_hidiff.errors import CompileFailed
+from accel_hidiff.forms import rows_of_parts
 from accel_hidiff.models import load_skeleton
 from accel_hidiff.packages import check
 from accel_hidiff.packages.cubin import usage_of
@@ -131,13 +132,22 @@ class TestSoundPackages:
         found = [compile_region(path, model="arch:sdxl", wide=wide)[1].kernels.values() for wide in (False, True)]
         assert [any(kernel.int64 for kernel in kernels) for kernels in found] == [False, True]
 
-    def test_a_decoders_wide_head_writes_no_scores(self, compile_region: Compile) -> None:
+    def test_a_decoders_wide_head_writes_the_scores_of_a_part_at_a_time(self, compile_region: Compile) -> None:
+        """Products in float32 over operands as they lie, and one kernel between them."""
         _, facts = compile_region(DECODER, model="arch:sdxl")
-        assert facts.externs["_scaled_dot_product_efficient_attention"] == 1
-        latents = next(call for call in facts.wrapper.calls if "attention" in call.name).arguments[0]
-        assert latents is not None
-        cells, products = latents.sizes[2], [c.out for c in facts.wrapper.calls if c.name in ("bmm_out", "baddbmm_out")]
-        assert all(out is not None and out.sizes[-1] < cells for out in products)  # no cells x cells
+        assert not any("attention" in name for name in facts.externs)
+        products = [call for call in facts.wrapper.calls if call.name == "mm_dtype_out"]
+        scores, sums = products[::2], products[1::2]
+        keys = scores[0].arguments[1]
+        assert keys is not None
+        cells, rows = keys.sizes[1], rows_of_parts(keys.sizes[1])
+        for made, width in ((scores, cells), (sums, 512)):
+            shapes = [(call.out.sizes, call.out.dtype) for call in made if call.out is not None]
+            assert shapes == [((part, width), "float32") for part in rows]
+        written = [call.out for call in scores]
+        between = [call for call in facts.wrapper.calls if any(one in written for one in call.arguments if one)]
+        assert len(between) <= len(rows) + 1  # the last part, of another size, takes one kernel more
+        assert not any(kernel.int64 for kernel in facts.kernels.values())
 
     def test_what_it_says_of_kernels_is_what_nvidias_tool_says(self, compile_region: Compile, tmp_path: Path) -> None:
         import triton

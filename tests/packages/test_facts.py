@@ -155,3 +155,28 @@ def test_an_operator_takes_a_tensor_under_another_name() -> None:
     (call,) = read_wrapper(source, inputs).calls
     assert [tensor and tensor.sizes for tensor in call.arguments] == [(8, 32), (32, 16)]
     assert call.out is not None and call.out.sizes == (8, 16)
+
+
+def test_a_part_of_a_tensor_begins_at_a_worked_out_number() -> None:
+    """Where sizes are symbolic: an expression with calls in it."""
+    rows = "c10::div_floor_integer(static_cast<int64_t>(s0), static_cast<int64_t>(16L))"
+    source = (
+        "void AOTInductorModel::run_impl(\n"
+        "auto arg0_1 = std::move(inputs[0]);\n"
+        "auto arg0_1_size = arg0_1.sizes();\n"
+        "int64_t s0 = arg0_1_size[0];\n"
+        f"const int64_t int_array_0[] = {{{rows}, 8L}};\n"
+        "static constexpr int64_t int_array_1[] = {8L, 1L};\n"
+        "const int64_t int_array_2[] = {8L, s0};\n"
+        "static constexpr int64_t int_array_3[] = {1L, 8L};\n"
+        f"const int64_t int_array_4[] = {{{rows}, s0}};\n"
+        "AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, int_array_4, int_array_4, cached_torch_dtype_float32,"
+        " cached_torch_device_type_cuda, this->device_idx_, &buf0_handle));\n"
+        "AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_dtype_out(buf0, wrap_with_raii_handle_if_needed("
+        f"reinterpret_tensor_wrapper(arg0_1, 2, int_array_0, int_array_1, 8L*({rows}))), "
+        "wrap_with_raii_handle_if_needed("
+        "reinterpret_tensor_wrapper(arg0_1, 2, int_array_2, int_array_3, 0L)), cached_torch_dtype_float32));\n"
+    )
+    (call,) = read_wrapper(source, [((48, 8), "torch.bfloat16", (8, 1))]).calls
+    assert [tensor and tensor.sizes for tensor in call.arguments] == [(3, 8), (8, 48), None]
+    assert call.out is not None and call.out.bytes == 4 * 3 * 48
