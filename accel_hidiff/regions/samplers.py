@@ -57,8 +57,8 @@ class DownsamplerRegion(_Sampler):
         return {"dilated": topology.dilated and self._can_dilate}
 
     def ranges(self, traits: Mapping[str, Any]) -> dict[str, Range]:
-        # A side of 1 is no symbolic one, neither before nor after.
-        side = Range(5 if traits["dilated"] else 3, SIDE.maximum)
+        # A side of 1 is no symbolic one, neither before nor after; half of an odd side is none for torch 2.11's export.
+        side = Range(6, SIDE.maximum, 2) if traits["dilated"] else Range(3, SIDE.maximum)
         return {"batch": BATCH, "height": side, "width": side}
 
     def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
