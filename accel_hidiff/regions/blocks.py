@@ -86,7 +86,7 @@ class ResnetRegion(Region):
 
     def graph_module(self, traits: Mapping[str, Any]) -> nn.Module:
         def joined(image: Tensor, skip: Tensor, embedding: Tensor) -> Any:
-            return self.inner(torch.cat([image, skip], dim=1), embedding)
+            return self.inner(beside(image, skip, self.memory_format), embedding)
 
         return ImageGraphModule(self.module, joined if self._skip_channels else self.inner, self.memory_format)
 
@@ -97,6 +97,13 @@ class ResnetRegion(Region):
         if self._skip_channels:
             return compiled(image[:, : self.channels], image[:, self.channels :], embedding)
         return compiled(image, embedding)
+
+
+def beside(image: Tensor, other: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Two images of one size, channels beside channels, written as they lie in memory."""
+    if memory_format != torch.channels_last:
+        return torch.cat([image, other], dim=1)
+    return torch.cat([image.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1)], dim=3).permute(0, 3, 1, 2)
 
 
 class TransformerRegion(Region):

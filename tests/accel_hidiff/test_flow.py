@@ -15,8 +15,10 @@ from accel_hidiff.backends import BoundRegion
 from accel_hidiff.binder import BoundCall
 from accel_hidiff.control import ADAPTER, DOWN, MID
 from accel_hidiff.dispatch import Graph
-from accel_hidiff.families import adapter_sizes, feature_sizes, sampler_sizes, skip_sizes, upsampling
+from accel_hidiff.families import BY_NAME, adapter_sizes, feature_sizes, sampler_sizes, skip_sizes, upsampling
 from accel_hidiff.flow import Flow, skip_channels
+from accel_hidiff.regions.blocks import beside
+from accel_hidiff.regions.samplers import enlarged
 from accel_hidiff.topology import Topology
 from tests import models
 from tests.compiled.conftest import relative_difference
@@ -85,9 +87,13 @@ class Served:
 CONFIG = ah.HiDiffusionConfig()
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl", "sdxl_turbo", "kolors"])
+@pytest.fixture(scope="module", params=["sd15", "sdxl", "sdxl_turbo", "kolors", "sdxl channels_last"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    yield Served(request.param)
+    family, _, memory_format = request.param.partition(" ")
+    pipe = models.build(family, "text2img")
+    if memory_format:
+        pipe.unet.to(memory_format=getattr(torch, memory_format))
+    yield Served(family, pipe)
 
 
 @pytest.fixture
@@ -241,6 +247,24 @@ def test_a_region_that_is_not_there_is_diffusers_to_run(xl: Served, no_blocks: C
     assert no_blocks() == 7
 
 
+class TestImages:
+    """What regions do to images gives the same numbers in both memory formats, and a result of that format."""
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_channels_beside_channels(self, memory_format: torch.memory_format) -> None:
+        one, other = (torch.randn(2, n, 5, 7).contiguous(memory_format=memory_format) for n in (3, 4))
+        got = beside(one, other, memory_format)
+        assert torch.equal(got, torch.cat([one, other], 1)) and got.is_contiguous(memory_format=memory_format)
+
+    @pytest.mark.parametrize("factor", [2, 4])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_enlarged_by_nearest_neighbours(self, factor: int, memory_format: torch.memory_format) -> None:
+        image = torch.randn(2, 3, 5, 7).contiguous(memory_format=memory_format)
+        got = enlarged(image, factor, memory_format)
+        want = torch.nn.functional.interpolate(image, size=(5 * factor, 7 * factor), mode="nearest")
+        assert torch.equal(got, want) and got.is_contiguous(memory_format=memory_format)
+
+
 class TestStructure:
     def test_a_skip_connection_has_the_channels_of_what_made_it(self) -> None:
         unet = models.build("sdxl", "text2img").unet
@@ -273,8 +297,6 @@ class TestStructure:
     @pytest.mark.parametrize("name", ["sd15", "sdxl"])
     @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
     def test_upsamplers_undo_what_was_taken_from_a_size(self, name: str, topology: Topology) -> None:
-        from accel_hidiff.families import BY_NAME
-
         family = BY_NAME[name]
         layout = family.layout()
         factors = upsampling(layout, family, topology)
