@@ -34,9 +34,9 @@ class Speeds:
     memory: float
 
 
-# In bfloat16, inside of a UNet step (benchmarks/results/gpu/h200-prototype-2026-11-27.jsonl): attention by cuDNN from 430
-# to 470; of a head of 512, in a VAE, 140. Single convolutions reached 430 to 670; all 13.3e12 operations of those of a
-# step at 2048x2048 took 17.0 ms, 12.2 % of 139.9, so the upper end counts.
+# In bfloat16, inside of a UNet step (benchmarks/results/gpu/h200-prototype-2026-11-27.jsonl): attention by cuDNN from
+# 430 to 470; of a head of 512, in a VAE, 140. Single convolutions reached 430 to 670; all 13.3e12 operations of those
+# of a step at 2048x2048 took 17.0 ms, 12.2 % of 139.9, so the upper end counts.
 H200: Final = Speeds(products=690, convolutions=670, attention=450, wide_attention=140, memory=4.1)
 
 
