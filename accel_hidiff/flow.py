@@ -30,12 +30,11 @@ from accel_hidiff.families import Family
 from accel_hidiff.forwards import pool, resize
 from accel_hidiff.regions import (
     DownsamplerRegion,
-    HeadRegion,
     Region,
-    TransformerRegion,
     UpsamplerRegion,
     added_shapes,
     scalar,
+    takes_added,
 )
 
 HEAD, TAIL = "head", "tail"  # below the name of the UNet, as the paths of modules are
@@ -106,18 +105,18 @@ def _only(modules: Any) -> Any:
 
 @dataclass(frozen=True)
 class Layer:
-    """A residual block, by its region's path, and the transformer after it."""
+    """A residual block and the transformer after it, by the paths of their regions."""
 
     resnet: str
-    transformer: TransformerRegion | None = None
+    transformer: str | None
 
 
 @dataclass(frozen=True)
 class Block:
-    """The layers of one level, and the sampler after them."""
+    """The layers of one level, and the path of the sampler after them."""
 
     layers: tuple[Layer, ...]
-    sampler: Region | None = None
+    sampler: str | None
 
 
 class Flow:
@@ -126,7 +125,7 @@ class Flow:
     Args:
         name: of the UNet, which the paths of its regions begin with.
         unet: as published (`skip_channels` gives something for it).
-        regions: all of them, by path.
+        regions: by path; `is_whole` tells whether there is one for every part of the UNet.
         family: where a pooled call pools and resizes.
     """
 
@@ -134,30 +133,28 @@ class Flow:
         self._unet: Any = unet
         self._name = name
         self._regions = regions
-        head = regions[f"{name}.{HEAD}"]
-        assert isinstance(head, HeadRegion)
-        self._head = head
-        self._tail = f"{name}.{TAIL}"
-        self._down = [self._block(path, block, "downsamplers") for path, block in _blocks(unet, "down_blocks")]
-        self._up = [self._block(path, block, "upsamplers") for path, block in _blocks(unet, "up_blocks")]
-        self._mid = self._block("mid_block", unet.mid_block, "").layers
-        self._pool_after = self._layer_of(family.pool_after, self._down)
-        self._resize_after = self._layer_of(family.resize_after, self._up)
-        optional = {block.sampler.path for block in self._up if block.sampler is not None}
-        self._required = frozenset(regions) - optional
+        self._head, self._tail = f"{name}.{HEAD}", f"{name}.{TAIL}"
+        self._down = [self._block(path, block, block.downsamplers) for path, block in _blocks(unet, "down_blocks")]
+        self._mid = self._block("mid_block", unet.mid_block).layers
+        self._up = [self._block(path, block, block.upsamplers) for path, block in _blocks(unet, "up_blocks")]
+        layers = [*self._mid, *(layer for block in (*self._down, *self._up) for layer in block.layers)]
+        parts = [self._head, self._tail, *(part for layer in layers for part in (layer.resnet, layer.transformer))]
+        self._required = {part for part in (*parts, *(block.sampler for block in self._down)) if part is not None}
+        self._optional = {block.sampler for block in self._up if block.sampler is not None}
+        self._pool_after, self._resize_after = f"{name}.{family.pool_after}", f"{name}.{family.resize_after}"
 
-    def _block(self, path: str, block: Any, samplers: str) -> Block:
-        layers = []
+    def _block(self, path: str, block: Any, samplers: Any = None) -> Block:
+        layers, attentions = [], getattr(block, "attentions", ())
         for index in range(len(block.resnets)):
-            transformer = self._regions.get(f"{self._name}.{path}.attentions.{index}")
-            assert transformer is None or isinstance(transformer, TransformerRegion)
+            transformer = f"{self._name}.{path}.attentions.{index}" if index < len(attentions) else None
             layers.append(Layer(f"{self._name}.{path}.resnets.{index}", transformer))
-        return Block(tuple(layers), self._regions.get(f"{self._name}.{path}.{samplers}.0"))
+        kind = "downsamplers" if path.startswith("down") else "upsamplers"
+        return Block(tuple(layers), f"{self._name}.{path}.{kind}.0" if samplers else None)
 
-    def _layer_of(self, path: str, blocks: Sequence[Block]) -> Layer | None:
-        """The layer that ends with a transformer."""
-        layers = (layer for block in blocks for layer in block.layers if layer.transformer is not None)
-        return next((one for one in layers if one.transformer.path == f"{self._name}.{path}"), None)  # type: ignore[union-attr]
+    @property
+    def is_whole(self) -> bool:
+        """Whether every part of the UNet is a region."""
+        return self._required | self._optional <= self._regions.keys()
 
     def is_clear(self) -> bool:
         """Whether the UNet is still what it was, and nothing is to happen between its regions: no hook on a block, no
@@ -170,10 +167,8 @@ class Flow:
             return False
         if any(getattr(block, name, None) for block in unet.up_blocks for name in _FREEU):
             return False
-        return all(self._module(path) is region.module for path, region in self._regions.items() if self._is_own(path))
-
-    def _is_own(self, path: str) -> bool:
-        return path not in (self._head.path, self._tail)
+        modules = (self._required | self._optional) - {self._head, self._tail}
+        return all(self._module(path) is self._regions[path].module for path in modules)
 
     def _module(self, path: str) -> nn.Module | None:
         try:
@@ -197,15 +192,14 @@ class Flow:
             timestep = timestep.reshape(())
         elif not isinstance(timestep, int | float):
             return None
-        found = [sample, timestep]
-        if self._head.takes_added:
+        found = [sample, scalar(timestep, sample.device, torch.float32)]
+        if takes_added(self._unet):
             shapes = added_shapes(self._unet.config, sample.shape[0])
             for name, shape in shapes.items():
                 given = (added or {}).get(name)
                 if not isinstance(given, Tensor) or given.shape != shape or given.dtype != sample.dtype:
                     return None
                 found.append(given)
-        found[1] = scalar(timestep, sample.device, torch.float32)
         return found
 
     def run(
@@ -229,26 +223,28 @@ class Flow:
         Returns:
             The prediction, (B, 4, h, w).
         """
-        projects = self._head.projects_text
-        image, embedding, *projected = calls[self._head.path](*inputs, *([text] if projects else []))
+        projects = self._unet.encoder_hid_proj is not None
+        image, embedding, *projected = calls[self._head](*inputs, *([text] if projects else []))
         if projects:
             (text,) = projected
 
         def run_layer(layer: Layer, *images: Tensor) -> Tensor:
             out: Tensor = calls[layer.resnet](*images, embedding)
-            transformer = layer.transformer
-            return out if transformer is None else transformer.compute(calls[transformer.path], call, out, text)
+            if layer.transformer is None:
+                return out
+            transformer: Any = self._regions[layer.transformer]
+            return transformer.compute(calls[layer.transformer], call, out, text)
 
         skips: list[Tensor] = [image]
         before_pool: Sequence[int] | None = None
         for block in self._down:
             for layer in block.layers:
                 image = run_layer(layer, image)
-                if call.topology.pooled and layer is self._pool_after:
+                if call.topology.pooled and layer.transformer == self._pool_after:
                     before_pool, image = image.shape[-2:], pool(image)
                 skips.append(image)
             if block.sampler is not None:
-                image = calls[block.sampler.path](image)
+                image = calls[block.sampler](image)
                 skips.append(image)
         if down is not None:
             skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
@@ -259,10 +255,10 @@ class Flow:
         for block in self._up:
             for layer in block.layers:
                 image = run_layer(layer, image, skips.pop())
-                if before_pool is not None and layer is self._resize_after:
+                if before_pool is not None and layer.transformer == self._resize_after:
                     image = resize(image, before_pool)
-            if (sampler := block.sampler) is not None:
-                compiled = calls.get(sampler.path)
-                image = compiled(image) if compiled is not None else sampler.inner(image, skips[-1].shape[-2:])
+            if block.sampler is not None:
+                compiled, size = calls.get(block.sampler), skips[-1].shape[-2:]
+                image = compiled(image) if compiled is not None else self._regions[block.sampler].inner(image, size)
         out: Tensor = calls[self._tail](image)
         return out

@@ -102,8 +102,9 @@ class ServedUNet:
             if skips is not None:
                 self._between = between_blocks(unet, patch)
                 self.regions += self._between
-                if getattr(unet.forward, "__func__", None) is type(unet).forward:  # else whoever replaced it is called
-                    self._flow = Flow(UNET, unet, {region.path: region for region in self.regions}, patch.family)
+                flow = Flow(UNET, unet, {region.path: region for region in self.regions}, patch.family)
+                replaced = getattr(unet.forward, "__func__", None) is not type(unet).forward
+                self._flow = flow if flow.is_whole and not replaced else None  # whoever replaced it is called
         self.dispatcher.register(UNET, unet, self.regions)
 
     def run(

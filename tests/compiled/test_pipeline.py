@@ -206,7 +206,7 @@ def test_explain_tells_what_is_missing_and_why(make_pipe: Any, tmp_path: Path) -
     handle = ah.accelerate(make_pipe(), hidiffusion=ah.HiDiffusionConfig(), cache=tmp_path / "empty")
     explanation = handle.explain(128, 192, STEPS)
     assert not explanation.ready
-    assert explanation.rows[0].state == "missing 9 of 9 artifacts"
+    assert explanation.rows[0].state == "missing 11 of 11 artifacts"
     assert "holds no entries" in str(explanation)
     assert not (tmp_path / "empty").exists()
 
