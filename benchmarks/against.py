@@ -6,7 +6,9 @@
 Each part runs in new processes with an empty home and temporary folder, over the packages of one checkout and then of
 the other: `precompile` (the trained demo model, one size, by two processes, and how long until the first artifact is
 stored), `serving` (another thread's longest wait beside requests; what the first call of a request takes more than the
-next, processor time, on a UNet of SDXL's depth that computes nothing) and `demo` (all of `accel-hidiff demo`).
+next, processor time, on a UNet of SDXL's depth that computes nothing), `demo` (all of `accel-hidiff demo`), and for the
+trained demo model and the wider one with random weights `compile` (processor time of a region of each kind) and `steps`
+(processor time of a UNet call in each topology at three sizes, one thread). `--only` runs some of them.
 """
 
 from __future__ import annotations
@@ -19,30 +21,51 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import harness as h
 
+Run = Callable[[str, Path], dict[str, float]]  # of a checkout's name and place: figures
+
 _ARTIFACT_BYTES: Final = 100_000  # records and notes are smaller
+_PARTS: Final = ("precompile", "serving", "demo", "steps")
+_LONG: Final = ("demo", "steps")
+_MODELS: Final = ("trained", "random")
 _MODEL: Final = Path("accel_hidiff", "demo", "trained_model")
 
 
 def main() -> None:
     parser = h.arguments(__doc__, repeats=2)
     parser.add_argument("before", type=Path, help="the earlier checkout")
-    parser.add_argument("--no-demo", action="store_true", help="leave the demo out: minutes of each checkout")
+    parser.add_argument("--only", action="append", choices=_PARTS, help="a part; repeatable; default: all")
     options = h.parsed(parser)
+    parts = options.only or [part for part in _PARTS if part not in _LONG or not options.tiny]
     report = h.Report(options.out, options.tiny)
     checkouts = {"before": options.before.resolve(), "now": h.ROOT}
     report.add(before_commit=commit_of(checkouts["before"]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         caches = {name: Path(scratch, name, "cache") for name in checkouts}
         turns = 1 if options.tiny else options.repeats
-        compare_checkouts(report, "precompile", turns, checkouts, lambda name, root: precompiled(root, caches[name]))
-        compare_checkouts(report, "serving", 3 * turns, checkouts, lambda name, root: served(root, caches[name]))
-        if not (options.no_demo or options.tiny):
+
+        def with_cache(run: Callable[[Path, Path], dict[str, float]]) -> Run:
+            return lambda name, root: run(root, caches[name])
+
+        if "precompile" in parts or "serving" in parts:
+            compare_checkouts(report, "precompile", turns, checkouts, with_cache(precompiled))
+        if "serving" in parts:
+            compare_checkouts(report, "serving", 3 * turns, checkouts, with_cache(served))
+        if "demo" in parts:
             compare_checkouts(report, "demo", 1, checkouts, lambda name, root: drawn(root))
+        for model in _MODELS if "steps" in parts else ():
+
+            def run(part: str, name: str, root: Path, model: str = model) -> dict[str, float]:
+                where = str(root / _MODEL) if model == "trained" else model
+                return worker("steps_worker.py", root, caches[name].parent, part, where, f"{caches[name]}-{model}")
+
+            compare_checkouts(report, f"compile, {model}", 1, checkouts, partial(run, "compile"))
+            compare_checkouts(report, f"steps, {model}", turns, checkouts, partial(run, "steps"))
 
 
 def compare_checkouts(
@@ -50,7 +73,7 @@ def compare_checkouts(
     part: str,
     turns: int,
     checkouts: Mapping[str, Path],
-    run: Callable[[str, Path], dict[str, float]],
+    run: Run,
 ) -> None:
     """Rows of both checkouts, then the medians and their ratios."""
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}

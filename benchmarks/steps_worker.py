@@ -1,6 +1,7 @@
 """The process of `against` that compiles and times steps: what an earlier checkout has too is all that it imports.
 
-MODEL CACHE are its arguments; MODEL is a folder, or "random" for the demo's wider model with random weights.
+PART MODEL CACHE are its arguments: "compile" fills the cache and "steps" serves from it; MODEL is a folder, or "random"
+for the demo's wider model with random weights.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ def step_ms(handle: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    model, cache = sys.argv[1:3]
+    part, model, cache = sys.argv[1:4]
     torch.set_num_threads(1)
     pipe = build_pipeline() if model == "random" else DiffusionPipeline.from_pretrained(model)
     handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=cache)
-    compiled = compile_seconds(handle)
-    print(json.dumps({name: round(value, 3) for name, value in {**compiled, **step_ms(handle)}.items()}))
+    figures = {"compile": compile_seconds, "steps": step_ms}[part](handle)
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #   --here  use the current environment instead of .venv, and install nothing
 #   --tiny  smoke runs: a tiny model, small sizes; the figures mean nothing
 #   --list  only say what would run
-#   NAME    benchmarks to run (benchmarks/README.md tells what each does); without: all but against, which takes an earlier checkout, fill, which needs the extra cuda-build, and soak, which is long
+#   NAME    benchmarks to run (benchmarks/README.md tells what each does); without: all but against and host, which take an earlier checkout, fill, which needs the extra cuda-build, and soak, which is long
 #
 # One that fails leaves the others; the exit code is then 1.
 
@@ -18,7 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 known=(dispatch cache step compile memory cold_start regions_choice inversion)
 for path in "$REPO"/benchmarks/*.py; do
     name="$(basename "$path" .py)"
-    if grep -q '^if __name__ == "__main__":' "$path" && [[ " ${known[*]} against against_worker fill soak " != *" $name "* ]]; then
+    if grep -q '^if __name__ == "__main__":' "$path" && [[ " ${known[*]} against host fill soak " != *" $name "* && "$name" != *_worker ]]; then
         known+=("$name")
     fi
 done
