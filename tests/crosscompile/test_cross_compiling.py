@@ -118,13 +118,27 @@ class TestSoundPackages:
         _, facts = compile_region(WINDOWED)
         assert facts.externs["_scaled_dot_product_cudnn_attention"] == 2
 
-    @pytest.mark.parametrize("path", [RESNET, WINDOWED])
-    def test_no_kernel_turns_an_image_or_works_out_where_a_token_goes(self, compile_region: Compile, path: str) -> None:
+    @pytest.mark.parametrize(
+        ("path", "divisions"),
+        [
+            (RESNET, 1),
+            (WINDOWED, 1),
+            ("unet.up_blocks.1.resnets.0", 1),  # with a skip connection
+            ("unet.head", 1),
+            ("unet.tail", 1),
+            ("unet.down_blocks.0.downsamplers.0", 1),
+            ("unet.down_blocks.1.downsamplers.0", 1),  # dilated in the first steps
+            ("unet.up_blocks.0.upsamplers.0", 4),  # row, column and image of each number
+        ],
+    )
+    def test_no_kernel_turns_an_image_or_works_out_where_a_token_goes(
+        self, compile_region: Compile, path: str, divisions: int
+    ) -> None:
         """One layout from the first norm to the result, 32-bit indices, and the window order out of its tables."""
         _, facts = compile_region(path)
         kernels = facts.kernels.values()
         assert kernels and not any(kernel.transposes or kernel.int64 for kernel in kernels)
-        assert max(kernel.divisions for kernel in kernels) <= 1
+        assert max(kernel.divisions for kernel in kernels) <= divisions
 
     def test_a_call_of_large_tensors_has_64_bit_indices(self, compile_region: Compile) -> None:
         """Its graph is another one: a batch of 8 of 1280 channels, 512 x 512, has more than 2^31 numbers."""
