@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("tests.bundles", "tests.entries", "tests.remotes"
 STEPS = 7  # [0, 1) windowed+dilated, [1, 2) windowed+pooled, [2, 7) windowed
 # 3 resnets, transformer plain and windowed, both ends, downsampler plain and dilated, upsampler by 2 and 4, decoder
 ARTIFACTS = 12
+KINDS = {"resnet", "transformer", "head", "tail", "downsampler", "upsampler", "decoder"}
 BOUND = 37  # 28 blocks, both ends, 4 samplers of which one each has two forms, decoder
 SIZES = [(128, 128), (128, 192), (256, 128)]  # (height, width): square, landscape, portrait
 

@@ -127,7 +127,8 @@ class Estimator:
     def _line(self, region: str, device: str) -> Line:
         known = self._tables["cpu"]
         table = self._tables.get(device, known)
-        return table.get(region) or known.get(region) or known["unet"]  # a whole ControlNet is half a UNet
+        # A whole ControlNet is half a UNet; a UNet's ends and samplers are small, as a step is.
+        return table.get(region) or known.get(region) or known["unet" if region in WHOLE else "cfgpp step"]
 
     def _scales(self, samples: Sequence[Sample]) -> tuple[float, float]:
         if not samples:

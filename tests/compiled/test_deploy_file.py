@@ -29,8 +29,8 @@ from compile_cache import CompileCache, SigningKey
 from tests import models
 from tests.compiled.conftest import STEPS
 from tests.compiled.test_background import children, until, without
+from tests.conftest import ARTIFACTS, KINDS
 
-ARTIFACTS = 6  # of the tiny model: three resnets, two transformers, the decoder
 MODEL = '[[models]]\nname = "{name}"\nmodel = "{model}"\nsizes = ["128x128", "192x128", "128x256"]\nsteps = [{steps}]\n'
 
 
@@ -161,7 +161,7 @@ class TestEstimate:
     def test_from_this_cache(self, precompile: Any, deploy: Any, configs: Path, own_cache: Path) -> None:
         """What the tiny model really took foretells the same artifacts at exact sizes."""
         measured = samples_of(CompileCache(own_cache))
-        assert {sample.region for sample in measured} == {"resnet", "transformer", "decoder"}
+        assert {sample.region for sample in measured} == KINDS
         assert all(sample.seconds > 0.5 and sample.device == "cpu" for sample in measured)
         ran = precompile(deploy(own_cache, (configs, 'shapes = "exact"\n')), "--dry-run", "--json", "--jobs", "1")
         assert set(ran.json["bases"]) == {"same kind"} and ran.json["measured"] == len(measured)
@@ -186,7 +186,7 @@ class TestCompile:
         (model,) = ran.json["models"]
         assert (model["artifacts"], model["compiled"], model["found"], model["missing"]) == (ARTIFACTS, 0, ARTIFACTS, 0)
         assert ran.json["jobs"] == 2 and ran.json["ready"] and ran.json["bytes"] > 1e6
-        lines = [line for line in ran.err.splitlines() if " of 5" in line]
+        lines = [line for line in ran.err.splitlines() if " of 5" in line]  # resnets and transformers
         assert len(lines) == 5 and all(" found " in line and " m0  unet." in line for line in lines)
         assert set(CompileCache(own_cache).digests()) == whole and children() == []
         assert precompile(file, "--check").code == 0

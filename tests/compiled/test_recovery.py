@@ -21,6 +21,7 @@ from accel_hidiff.regions import ResnetRegion
 from compile_cache import CacheKey, CompileCache, Range, ShapeBucket
 from tests import models
 from tests.compiled.conftest import STEPS, relative_difference, request
+from tests.conftest import BOUND
 
 CONFIG = ah.HiDiffusionConfig()
 
@@ -307,6 +308,6 @@ def test_what_is_bound_is_bounded(cache_dir: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dispatch, "_MAX_BOUND", 5)
     for size in ((128, 192), (256, 128), (128, 128)):
         request(handle.pipe, *size)
-    assert handle._dispatcher.binder.held <= 28 + 5
+    assert handle._dispatcher.binder.held <= BOUND + 5
     assert relative_difference(image(handle.pipe), right) < 5e-3
     assert handle.stats.eager_calls == 0
