@@ -50,7 +50,9 @@ class ResnetRegion(Region):
 
     kind = "resnet"
 
-    def __init__(self, path: str, module: nn.Module, inner: Forward, model: nn.Module, skip_channels: int = 0) -> None:
+    def __init__(
+        self, path: str, module: nn.Module, inner: Forward, model: nn.Module | None = None, skip_channels: int = 0
+    ) -> None:
         super().__init__(path, module, inner, model)
         self._skip_channels = skip_channels
 

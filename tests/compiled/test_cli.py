@@ -224,7 +224,7 @@ def test_cfgpp_from_the_command_line(
 ) -> None:
     """The step is one artifact more; another lambda needs none."""
     report = run_json(capsys, "precompile", model_folder, "--cache", own_cache, *SIZE, "--cfgpp", "0.6")
-    assert (report["compiled"], report["artifacts"]) == (1, 7)
+    assert (report["compiled"], report["artifacts"]) == (1, ARTIFACTS + 1)
     (explanation,) = run_json(capsys, "explain", model_folder, "--cache", own_cache, *SIZE, "--cfgpp", "0.3")
     assert explanation["ready"] and [row["topology"] for row in explanation["rows"]][-2:] == [
         "CFG++ step",
