@@ -59,7 +59,7 @@ def test_loading_ready_drained(models: Any, cache_dir: Path, tmp_path: Path) -> 
         assert early.status_code == 503 and error_of(early)["code"] == "model_loading" and early.headers["retry-after"]
         told = service.wait_ready()
         assert told["models"]["tiny"] | {"seconds": None} == {
-            **{"ready": True, "graphs": 6, "missing": 0, "why": [], "seconds": None}
+            **{"ready": True, "graphs": ARTIFACTS, "missing": 0, "why": [], "seconds": None}
         }
         right = service.draw(steps=200).json()["data"]
         thread, answers = later(service, steps=200)
