@@ -490,8 +490,8 @@ def _region_forward(dispatcher: Dispatcher, region: Region, patch: Patch) -> For
 
 
 # Arguments that every graph takes, and those of a ControlNet that stay outside of its blocks.
-_OF_FLOW: Final = (DOWN, MID)
 _ORDINARY = ("return_dict", "added_cond_kwargs", "controlnet_cond", "conditioning_scale")
+_OF_FLOW: Final = (DOWN, MID)  # that `Flow.run` takes beside these
 
 
 def _given(kwargs: Mapping[str, Any]) -> tuple[str, ...]:

@@ -91,8 +91,11 @@ def region_calls(handle: ah.Handle, trivial: h.TrivialUNet, size: h.Size) -> dic
     patch = handle.patch
     unet = patch.unet
     topology = next(iter(patch.plan(size.height, size.width, 1))).topology
+    served = handle._installed.unet
+    flow = Flow(UNET, unet, {region.path: region for region in served.regions}, patch.family)
+    served._flow = flow  # a UNet whose forward is a stand-in has none, and no graphs between its blocks
     graphs = handle._graphs.unet(topology, size.height, size.width, h.GUIDANCE_BATCH)
-    flow = Flow(UNET, unet, {region.path: region for region in handle._installed.unet.regions}, patch.family)
+    served._flow = None
     given = h.unet_inputs(unet, size)
     bound, alone = {}, []
 
