@@ -158,7 +158,7 @@ class Binder:
         traits = region.traits(topology, controlled)
         for shapes in dict.fromkeys((self.shapes, "exact")):
             bucket = bucket_of(region, traits, sizes, shapes, self.backend.smallest_symbolic, device.type)
-            wide = device.type == "cuda" and region.largest(sizes) >= _INDEX_LIMIT
+            wide = device.type == "cuda" and region.largest(sizes, traits) >= _INDEX_LIMIT
             graph = RegionGraph(region, traits, bucket, example_sizes(bucket, sizes), dtype, device, wide)
             entry = self.entry(self.key(graph))
             if entry is None or isinstance(judge_sizes(region.path, served(entry), sizes), Accept):

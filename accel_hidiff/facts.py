@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from accel_hidiff.guard import CallFacts
+from accel_hidiff.regions import conv_channels, is_conv
 from accel_hidiff.topology import Topology
 
 _HOOKS = ("_hf_hook", "_diffusers_hook")
@@ -33,6 +34,7 @@ def call_facts(
     text: Any = None,
     *,
     extras: tuple[str, ...] = (),
+    residuals: tuple[str, ...] = (),
     model: nn.Module | None = None,
     whole: bool = False,
     hook: str = "",
@@ -44,11 +46,14 @@ def call_facts(
         sample: (B, C, h, w).
         text: (B, L, D), or what came in its place.
         extras: names of optional arguments that were given.
+        residuals: what `mixed_residuals` tells of the call.
         model: whose weights serve it; None: it has none.
         whole: one graph for the whole model.
         hook: around something that holds the model, see `hook_of`.
     """
-    batch, _, height, width = sample.shape
+    batch, channels, height, width = sample.shape
+    first = getattr(model, "conv_in", None)
+    takes = conv_channels(first)[0] if is_conv(first) else channels
     fits = isinstance(text, Tensor) and text.ndim == 3 and text.shape[0] == batch and text.dtype == sample.dtype
     return CallFacts(
         topology=topology,
@@ -63,9 +68,18 @@ def call_facts(
         grad=torch.is_grad_enabled(),
         autocast=torch.is_autocast_enabled(sample.device.type),
         tensor_text=text is None or fits,
+        channels=(channels, takes),
+        residuals=residuals,
         weights=str(sample.device if model is None else next(model.parameters()).device),
         hook=hook or hook_of(model),
     )
+
+
+def mixed_residuals(sample: Tensor, down: Sequence[Tensor] | None, mid: Tensor | None) -> tuple[str, ...]:
+    """The dtypes and devices of a ControlNet's residuals where they are not the sample's. Cheap, as `call_name`."""
+    given = [*(down or ()), *(() if mid is None else (mid,))]
+    others = {(one.dtype, one.device) for one in given} - {(sample.dtype, sample.device)}
+    return tuple(sorted(f"{dtype} on {device}" for dtype, device in others)) if others else ()
 
 
 def hook_of(module: Any) -> str:

@@ -72,25 +72,27 @@ def fingerprint(module: nn.Module, ignore: frozenset[int] = frozenset()) -> str:
 class ModuleState:
     """What a module tree is made of at one moment, to see whether something of it was replaced since.
 
-    Equal to a later one if every tensor (and its memory), submodule, attribute, hook and processor is still the same
-    object, those inside of an attribute's list or mapping and of a processor included; hooks on the module itself do
-    not count. A weight that is changed in place makes no difference. Keeps what it holds alive, so that
-    nothing new can come to lie at an old address.
+    Equal to a later one if every tensor (and its memory), submodule and its class, attribute, hook and processor is
+    still the same object, those inside of an attribute's list or mapping and of a processor included; hooks on the
+    module itself do not count. A weight that is changed in place makes no difference. Keeps what it holds alive, so
+    that nothing new can come to lie at an old address.
 
     The tree is walked once, when the state is taken. Whether it still holds is told by looking again into the same
     mappings and lists: if one of them was exchanged, what holds it shows that.
     """
 
-    __slots__ = ("_attributes", "_containers", "_empty", "_objects", "_pointers", "_tensors")
+    __slots__ = ("_attributes", "_containers", "_empty", "_modules", "_objects", "_pointers", "_tensors")
 
     def __init__(self, module: nn.Module) -> None:
         attributes: list[tuple[dict[str, Any], int]] = []  # of modules that have any, and where they begin
         containers: list[Any] = []  # other mappings and lists with something in them
         empty: list[Any] = []
         tensors: list[torch.Tensor] = []
+        modules: list[nn.Module] = []
         stack = [module]
         while stack:
             current = stack.pop()
+            modules.append(current)
             held = vars(current)
             own = len(_INTERNALS) + 1 if next(iter(held)) == "training" else 0  # attributes come after torch's own
             attributes.append((held, own))
@@ -108,6 +110,7 @@ class ModuleState:
                 tensors += [tensor for tensor in stored.values() if tensor is not None]
             stack += [submodule for submodule in held["_modules"].values() if submodule is not None]
         self._attributes, self._containers, self._empty, self._tensors = attributes, containers, empty, tensors
+        self._modules = modules
         self._objects, self._pointers = self._contents(), _pointers(tensors)
 
     def holds(self) -> bool:
@@ -117,7 +120,7 @@ class ModuleState:
         return same and not any(self._empty) and _pointers(self._tensors) == self._pointers
 
     def _contents(self) -> list[Any]:
-        found: list[Any] = []
+        found: list[Any] = list(map(type, self._modules))  # `__class__` can be set
         for held, own in self._attributes:
             found.append(held["training"])
             found.extend(islice(held.values(), own, None))
@@ -151,8 +154,7 @@ def _describe(path: str, module: nn.Module, ignore: frozenset[int]) -> dict[str,
         if name in _INTERNALS or name.startswith("_accel_hidiff"):
             continue
         if name == "forward":
-            own = getattr(value, "__func__", None) is type(module).forward and value.__self__ is module
-            if not own and id(value) not in ignore:  # hooks that are removed leave the class's own on the instance
+            if is_replaced(module) and id(value) not in ignore:
                 raise UnstableFactor(
                     f"{where}: expected the class's own forward, got one that something else installed; undo that first"
                 )
@@ -160,7 +162,19 @@ def _describe(path: str, module: nn.Module, ignore: frozenset[int]) -> dict[str,
         if name in ("_hf_hook", "_diffusers_hook"):
             raise UnstableFactor(f"{where}: expected no offload hook, got {name}; remove it, or use backend='eager'")
         attributes[name] = _stable(value, f"{where}.{name}", 0)
-    return {"class": _code(type(module)), "attributes": attributes}
+    described = {"class": _code(type(module)), "attributes": attributes}
+    forward = type(module).forward
+    if not _is_versioned(forward) and _is_versioned(type(module)):  # somebody set it on the class
+        described["forward"] = _stable(forward, f"{where}.forward", 0)
+    return described
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module's forward is another one than its class's. Hooks that are removed leave that on the module."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return False
+    return getattr(forward, "__func__", None) is not type(module).forward or forward.__self__ is not module
 
 
 def _stable(value: Any, where: str, depth: int) -> Any:
@@ -202,9 +216,13 @@ def _stable(value: Any, where: str, depth: int) -> Any:
 def _code(thing: Any) -> str:
     """Qualified name, and the digest of the source file where no version of a known package covers it."""
     name = f"{thing.__module__}.{thing.__qualname__}"
-    if thing.__module__.split(".")[0] in _VERSIONED:
+    if _is_versioned(thing):
         return name
     return f"{name} {_source_digest(thing.__module__, name)}"
+
+
+def _is_versioned(thing: Any) -> bool:
+    return thing.__module__.split(".")[0] in _VERSIONED
 
 
 @functools.lru_cache(maxsize=256)

@@ -27,12 +27,15 @@ from torch import Tensor, nn
 
 from accel_hidiff.call import RegionCall, UNetCall
 from accel_hidiff.families import Family
+from accel_hidiff.fingerprint import is_replaced
 from accel_hidiff.forwards import pool, resize
 from accel_hidiff.regions import (
     DownsamplerRegion,
     Region,
     UpsamplerRegion,
     added_shapes,
+    conv_channels,
+    is_conv,
     scalar,
     takes_added,
 )
@@ -41,6 +44,13 @@ HEAD, TAIL = "head", "tail"  # below the name of the UNet, as the paths of modul
 
 _DOWN: Final = (DownBlock2D, CrossAttnDownBlock2D)
 _UP: Final = (UpBlock2D, CrossAttnUpBlock2D)
+_MID: Final = UNetMidBlock2DCrossAttn
+# What these classes compute as published; one whose forward was replaced before is not among them.
+_FORWARDS: Final = {
+    kind: kind.forward
+    for kind in (UNet2DConditionModel, *_DOWN, *_UP, _MID, ResnetBlock2D, Transformer2DModel)
+    if kind.forward.__module__ == kind.__module__
+}
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 _FREEU: Final = ("s1", "s2", "b1", "b2")  # set by diffusers' enable_freeu
 
@@ -50,7 +60,7 @@ def skip_channels(unet: UNet2DConditionModel) -> dict[str, int] | None:
     that is not built as the published ones are."""
     if not _is_plain(unet):
         return None
-    skips = [unet.conv_in.out_channels]
+    skips = [conv_channels(unet.conv_in)[1]]
     for block in unet.down_blocks:
         skips += [resnet.out_channels for resnet in block.resnets]
         skips += [sampler.out_channels for sampler in block.downsamplers or ()]
@@ -70,20 +80,22 @@ def _blocks(unet: Any, kind: str) -> Iterator[tuple[str, Any]]:
 def _is_plain(unet: Any) -> bool:
     """Whether a UNet computes what `Flow.run` does: known blocks, and nothing between them."""
     config, down, up = unet.config, list(unet.down_blocks), list(unet.up_blocks)
-    if type(unet) is not UNet2DConditionModel or not down or not up:
+    if not _is(unet, UNet2DConditionModel) or not down or not up:
         return False
     if config.center_input_sample or config.addition_embed_type not in (None, "text_time"):
         return False
     if unet.class_embedding is not None or unet.time_embed_act is not None or unet.conv_norm_out is None:
         return False
+    if not (is_conv(unet.conv_in) and is_conv(unet.conv_out)):
+        return False
     if unet.encoder_hid_proj is not None and config.encoder_hid_dim_type != "text_proj":
         return False
-    if type(unet.mid_block) is not UNetMidBlock2DCrossAttn or len(unet.mid_block.resnets) != 2:
+    if not _is(unet.mid_block, _MID) or len(unet.mid_block.resnets) != 2:
         return False
     samplers = [_only(block.downsamplers) for block in down[:-1]], [_only(block.upsamplers) for block in up[:-1]]
     return (
-        all(type(block) in _DOWN for block in down)
-        and all(type(block) in _UP for block in up)
+        all(_is(block, *_DOWN) for block in down)
+        and all(_is(block, *_UP) for block in up)
         and all(map(_has_plain_layers, (*down, *up, unet.mid_block)))
         and all(one is not None and DownsamplerRegion.takes(one) for one in samplers[0])
         and all(one is not None and UpsamplerRegion.takes(one) for one in samplers[1])
@@ -92,11 +104,17 @@ def _is_plain(unet: Any) -> bool:
     )
 
 
+def _is(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of these classes, and the class computes what it did when it was published."""
+    kind = type(module)
+    return kind in kinds and kind.forward is _FORWARDS.get(kind)
+
+
 def _has_plain_layers(block: Any) -> bool:
     attentions = getattr(block, "attentions", ())
-    pairs = len(block.resnets) - (type(block) is UNetMidBlock2DCrossAttn)
-    alike = all(type(one) is ResnetBlock2D for one in block.resnets)
-    return alike and len(attentions) in (0, pairs) and all(type(one) is Transformer2DModel for one in attentions)
+    pairs = 0 if type(block) in (DownBlock2D, UpBlock2D) else len(block.resnets) - (type(block) is _MID)
+    alike = all(_is(one, ResnetBlock2D) for one in block.resnets)
+    return alike and len(attentions) == pairs and all(_is(one, Transformer2DModel) for one in attentions)
 
 
 def _only(modules: Any) -> Any:
@@ -163,7 +181,7 @@ class Flow:
         if skip_channels(unet) is None:
             return False
         between = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-        if any("forward" in vars(one) or any(vars(one)[hooks] for hooks in _HOOKS) for one in between):
+        if any(is_replaced(one) or any(vars(one)[hooks] for hooks in _HOOKS) for one in between):
             return False
         if any(getattr(block, name, None) for block in unet.up_blocks for name in _FREEU):
             return False
@@ -197,7 +215,9 @@ class Flow:
             shapes = added_shapes(self._unet.config, sample.shape[0])
             for name, shape in shapes.items():
                 given = (added or {}).get(name)
-                if not isinstance(given, Tensor) or given.shape != shape or given.dtype != sample.dtype:
+                if not isinstance(given, Tensor) or given.shape != shape:
+                    return None
+                if (given.dtype, given.device) != (sample.dtype, sample.device):
                     return None
                 found.append(given)
         return found

@@ -129,9 +129,11 @@ class TracedInForms(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        form = self._forms.get(func)
-        chosen = func if form is None or args[0].ndim < 3 else form
-        return chosen(*args, **(kwargs or {}))
+        form, named = self._forms.get(func), dict(kwargs or {})
+        if form is None:
+            return func(*args, **named)
+        first, *others = args or [named.pop("query" if "query" in named else "input")]
+        return (func if first.ndim < 3 else form)(first, *others, **named)
 
 
 def forms_of(device: torch.device, memory_format: torch.memory_format) -> TracedInForms:

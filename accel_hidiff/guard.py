@@ -39,9 +39,10 @@ class CallFacts:
     """Everything about one UNet call that decides which graph serves it, and whether one may.
 
     Sizes are latent; `tokens` is the text length; `extras` names the optional arguments that were given, `whole` tells
-    that one graph serves the whole model; `dtype` and `device` are the sample's, `weights` the device that the weights
-    are on ("" where it is not known), `hook` the attribute in which the model has a hook of accelerate or diffusers
-    ("" for none).
+    that one graph serves the whole model; `dtype` and `device` are the sample's, `channels` those that it has and those
+    that the model takes, `residuals` the dtypes and devices of a ControlNet's that are not the sample's, `weights` the
+    device that the weights are on ("" where it is not known), `hook` the attribute in which the model has a hook of
+    accelerate or diffusers ("" for none).
     """
 
     topology: Topology
@@ -56,6 +57,8 @@ class CallFacts:
     grad: bool = False
     autocast: bool = False
     tensor_text: bool = True
+    channels: tuple[int, int] = (4, 4)
+    residuals: tuple[str, ...] = ()
     weights: str = ""
     hook: str = ""
 
@@ -78,6 +81,13 @@ def judge_call(facts: CallFacts) -> Decision:
         )
     if not facts.tensor_text:
         return Reject("encoder_hidden_states is no (batch, tokens, channels) tensor of the sample's batch and dtype")
+    if facts.channels[0] != facts.channels[1]:
+        return Reject(f"expected a sample of {facts.channels[1]} channels, got {facts.channels[0]}")
+    if facts.residuals:
+        return Reject(
+            f"expected a ControlNet's residuals in {facts.dtype} on {facts.device}, as the sample is, got "
+            f"{', '.join(facts.residuals)}: give the ControlNet the UNet's dtype and device"
+        )
     if facts.whole:
         given = [name for name in facts.extras if name not in _INPUTS_OF_WHOLE]
     else:

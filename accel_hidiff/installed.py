@@ -87,6 +87,7 @@ class Installed:
         if self._vae is not None and hasattr(self._vae, "decoder"):
             self.decoder.install(self._vae, self._undo)
         self.patch.follow = self._follow
+        dispatcher.refresh()  # what is replaced from now on is noticed
 
     def regions(self) -> dict[str, Region]:
         """Every region by its path."""

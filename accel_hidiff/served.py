@@ -35,7 +35,7 @@ from accel_hidiff.decoding import (
 )
 from accel_hidiff.dispatch import Dispatcher, Graph
 from accel_hidiff.errors import GraphMiss
-from accel_hidiff.facts import call_facts, call_name, hook_of
+from accel_hidiff.facts import call_facts, call_name, hook_of, mixed_residuals
 from accel_hidiff.families import Layout, Size, feature_sizes, sampler_sizes, upsampling
 from accel_hidiff.flow import HEAD, TAIL, Flow, skip_channels
 from accel_hidiff.forwards import Forward
@@ -81,7 +81,7 @@ class ServedUNet:
         self._patch: Patch | None = None
         self._between: list[Region] = []
         self._flow: Flow | None = None
-        self._cleared: tuple[object, bool] = None, False
+        self._cleared: tuple[object, bool] = self, False
 
     @property
     def patch(self) -> Patch:
@@ -113,11 +113,19 @@ class ServedUNet:
         """Runs one UNet call; `kwargs` are the UNet's own, residuals at their final sizes."""
         patch, replays = self.patch, self.dispatcher.replays
         self.dispatcher.begin(patch.request_number)
-        extras = _given(kwargs)
-        name = (UNET, call.topology, extras, *call_name(sample, text))
+        extras, residuals = _given(kwargs), mixed_residuals(sample, kwargs.get(DOWN), kwargs.get(MID))
+        name = (UNET, call.topology, extras, residuals, *call_name(sample, text))
 
         def facts() -> CallFacts:
-            return call_facts(call.topology, sample, text, extras=extras, model=patch.unet, whole=self.whole)
+            return call_facts(
+                call.topology,
+                sample,
+                text,
+                extras=extras,
+                residuals=residuals,
+                model=patch.unet,
+                whole=self.whole,
+            )
 
         def graphs() -> Graphs:
             controlled = kwargs.get(DOWN) is not None
@@ -147,7 +155,7 @@ class ServedUNet:
             except ArtifactFailed as failed:
                 self.dispatcher.quarantine(failed)
         regions = {} if self.whole else graph.calls
-        if (flow := self._flow_for(kwargs)) is not None:
+        if graph.calls and (flow := self._flow_for(kwargs)) is not None:
             inputs = flow.inputs(graph.calls, sample, timestep, kwargs.get("added_cond_kwargs"))
             if inputs is not None:
                 try:
@@ -161,9 +169,13 @@ class ServedUNet:
 
     def _flow_for(self, kwargs: Mapping[str, Any]) -> Flow | None:
         """What runs the regions of a call with these arguments; None: diffusers' own forwards do."""
-        if self._flow is None or (kwargs.get(DOWN) is None) != (kwargs.get(MID) is None):
+        if (kwargs.get(DOWN) is None) != (kwargs.get(MID) is None):
             return None
-        if any(name not in _OF_FLOW for name in _given(kwargs)):
+        return None if any(name not in _OF_FLOW for name in _given(kwargs)) else self._clear_flow()
+
+    def _clear_flow(self) -> Flow | None:
+        """What runs the regions of a call; None where diffusers' own forwards have to, whatever its arguments."""
+        if self._flow is None:
             return None
         state = self.dispatcher.state(UNET)
         if self._cleared[0] is not state:
@@ -210,9 +222,9 @@ class ServedUNet:
         return _graphs_of(regions, patch, named, batch, tokens, graph)
 
     def _regions(self) -> list[Region]:
-        """Those that calls run: without the ones between its blocks where one of these is not its own any more, so that
-        diffusers' forwards run there what somebody has put in their place."""
-        if self._flow is not None:
+        """Those that calls run: without the ones between its blocks where one of these is not its own any more, or
+        something was put beside them, so that diffusers' forwards run there what somebody wants."""
+        if self._clear_flow() is not None:
             own = self.patch.function_ids()
             for region in self._between:
                 region.own_forwards = own
@@ -347,6 +359,7 @@ class ServedDecoder:
 
     def _forward(self, vae: Any) -> Forward:
         def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            """Whole where more than latents are given: only the decoder knows how to cut the rest."""
             given, shadow = sample.dtype, self._in_dtype
             if shadow is not None:
                 shadow.follow(sample.device)
@@ -357,6 +370,8 @@ class ServedDecoder:
             def run(cells: Tensor) -> Tensor:
                 return self._run(vae, cells, *args, **kwargs)
 
+            if any(value is not None for value in (*args, *kwargs.values())):
+                return run(sample).to(given)
             if tiles is not None:
                 self._tell(tiles, height, width)
                 return decode_in_tiles(run, sample, tiles).to(given)

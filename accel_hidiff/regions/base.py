@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
 
 from accel_hidiff.call import CallScope, RegionCall, UNetCall
@@ -127,9 +128,10 @@ class Region:
         """The same in graphs for a type of device."""
         return self.ranges(traits)
 
-    def largest(self, sizes: Sizes) -> int:
+    def largest(self, sizes: Sizes, traits: Mapping[str, Any]) -> int:
         """Numbers in the largest tensor of a call, or more."""
-        return sizes["batch"] * sizes["height"] * sizes["width"] * self.width
+        cells = sizes["height"] * sizes["width"]
+        return sizes["batch"] * max(cells * self.width, cells**2 * scored_heads(self.module))
 
     @property
     def width(self) -> int:
@@ -150,6 +152,16 @@ class Region:
         """Runs `compiled` in place of the module's forward, whose arguments these are; the forward itself where the
         arguments are not those of the graph."""
         raise NotImplementedError
+
+
+# What attends with these holds no scores, (heads, tokens, tokens), in memory.
+_FUSED: Final = (AttnProcessor2_0, FusedAttnProcessor2_0)
+
+
+def scored_heads(module: nn.Module) -> int:
+    """Heads whose attention writes its scores to memory, the most of any layer: 0 with diffusers' default processor."""
+    layers = (layer for layer in module.modules() if isinstance(layer, Attention))
+    return max((layer.heads for layer in layers if type(layer.processor) not in _FUSED), default=0)
 
 
 class GraphModule(nn.Module):
@@ -173,6 +185,21 @@ class ImageGraphModule(GraphModule):
 
     def forward(self, *tensors: Tensor) -> Any:
         return self._function(*tensors).contiguous(memory_format=self._memory_format)
+
+
+def conv_channels(conv: Any) -> tuple[int, int]:
+    """Channels that a 2-D convolution takes and gives, told by its weight: what wraps it (LoRA) names none.
+
+    Raises:
+        AttributeError: it is no convolution (`is_conv`).
+    """
+    out, into = conv.weight.shape[:2]
+    return int(into), int(out)
+
+
+def is_conv(module: Any) -> bool:
+    """Whether a module has a weight as a 2-D convolution has."""
+    return getattr(getattr(module, "weight", None), "ndim", 0) == 4
 
 
 def memory_format_of(module: nn.Module) -> torch.memory_format:

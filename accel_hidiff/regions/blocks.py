@@ -31,6 +31,7 @@ from accel_hidiff.regions.base import (
     Region,
     Share,
     Sizes,
+    conv_channels,
 )
 from accel_hidiff.topology import Topology
 from accel_hidiff.windows import make_window_tables
@@ -205,7 +206,7 @@ class DecoderRegion(Region):
 
     @property
     def channels(self) -> int:
-        return int(self.module.conv_in.in_channels)
+        return conv_channels(self.module.conv_in)[0]
 
     @property
     def width(self) -> int:
@@ -213,11 +214,11 @@ class DecoderRegion(Region):
         widths = [int(block.resnets[-1].out_channels) for block in self.module.up_blocks]
         return max(width << 2 * min(level + 1, len(widths) - 1) for level, width in enumerate(widths))
 
-    def largest(self, sizes: Sizes) -> int:
+    def largest(self, sizes: Sizes, traits: Mapping[str, Any]) -> int:
         # On a GPU attention writes the scores of a part of the queries, of all tokens each.
         tokens = sizes["height"] * sizes["width"]
         scored = any(in_parts(width, tokens) for width in head_widths(self.module))
-        return max(super().largest(sizes), rows_of_parts(tokens)[-1] * tokens if scored else 0)
+        return max(super().largest(sizes, traits), rows_of_parts(tokens)[-1] * tokens if scored else 0)
 
     def example(
         self, traits: Mapping[str, Any], sizes: Sizes, dtype: torch.dtype, device: torch.device

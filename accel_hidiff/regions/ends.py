@@ -13,7 +13,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from accel_hidiff.families import Size
-from accel_hidiff.regions.base import BATCH, SIDE, TOKENS, Axes, GraphModule, ImageGraphModule, Region, Sizes
+from accel_hidiff.regions.base import (
+    BATCH,
+    SIDE,
+    TOKENS,
+    Axes,
+    GraphModule,
+    ImageGraphModule,
+    Region,
+    Sizes,
+    conv_channels,
+)
 from compile_cache import Range
 
 TIME_IDS = 6  # original size, crop, target size (SDXL, arXiv 2307.01952, section 2.2)
@@ -108,11 +118,11 @@ class HeadRegion(_End):
 
     @property
     def channels(self) -> int:
-        return int(self.module.conv_in.in_channels)
+        return conv_channels(self.module.conv_in)[0]
 
     @property
     def width(self) -> int:
-        return max(self.channels, int(self.module.conv_in.out_channels))
+        return max(conv_channels(self.module.conv_in))
 
     @property
     def projects_text(self) -> bool:
@@ -162,7 +172,7 @@ class TailRegion(_End):
 
     @property
     def channels(self) -> int:
-        return int(self.module.conv_out.in_channels)
+        return conv_channels(self.module.conv_out)[0]
 
     def axes(self, traits: Mapping[str, Any]) -> Axes:
         return (_IMAGE,)

@@ -101,8 +101,11 @@ class UpsamplerRegion(_Sampler):
 
     @property
     def width(self) -> int:
-        # Where a level was dilated, its feature map is four times as high and wide afterwards.
-        return max(self.channels, int(self.module.out_channels)) * 16
+        return max(self.channels, int(self.module.out_channels))
+
+    def largest(self, sizes: Sizes, traits: Mapping[str, Any]) -> int:
+        factor: int = traits["factor"]
+        return super().largest(sizes, traits) * factor**2
 
     def traits(self, topology: Topology, controlled: bool = False) -> dict[str, Any]:
         return {"factor": self._factor(topology)}

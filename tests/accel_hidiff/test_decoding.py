@@ -296,6 +296,23 @@ def test_images_are_tiled_one_by_one() -> None:
     assert torch.equal(both, torch.cat(single))
 
 
+def test_whoever_gives_more_than_latents_decodes_whole() -> None:
+    """A mask or an image is of the batch and of the whole picture: decoders of asymmetric VAEs take both."""
+    handle = accelerated(tiles="always", tile=64, overlap=16)
+    seen: list[tuple[Any, ...]] = []
+    region = handle._installed.decoder.region
+    inner = region.inner
+    region.inner = lambda *given: seen.append(given) or inner(given[0])
+    latents, mask = torch.randn(2, 4, 16, 24), torch.ones(2, 1, 128, 192)
+    with torch.no_grad():
+        handle.pipe.vae.decoder(latents, None)
+        assert len(seen) > 2 and {given[0].shape[0] for given in seen} == {1}
+        seen.clear()
+        handle.pipe.vae.decoder(latents, mask)
+    ((given, beside),) = seen
+    assert torch.equal(given, latents) and beside is mask
+
+
 def test_a_gpus_compiled_decoder_takes_a_batch_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = accelerated()
     monkeypatch.setattr(ServedDecoder, "_one_by_one", lambda self, device: True)

@@ -184,6 +184,20 @@ def test_a_foreign_forward_is_refused_and_ours_is_ignored() -> None:
     assert fingerprint(block, frozenset({id(foreign)})) == digest
 
 
+def test_a_forward_that_was_set_on_a_class_of_a_library_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(nn.Linear(4, 4))
+    monkeypatch.setattr(nn.Linear, "forward", forward_of_somebody)
+    assert fingerprint(nn.Linear(4, 4)) != before
+    inner = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: inner(self, x))
+    with pytest.raises(UnstableFactor, match=r"Linear\.forward: expected a plain value, got the closure"):
+        fingerprint(nn.Linear(4, 4))
+
+
+def forward_of_somebody(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 def test_a_patched_unet_has_the_fingerprints_of_a_plain_one(build: Any) -> None:
     plain, patched = build().unet, build().unet
     patch = apply_hidiffusion(patched)
@@ -246,6 +260,7 @@ CHANGES: dict[str, Callable[[Block], Any]] = {
     "a hook": lambda block: block.norm.register_forward_hook(lambda *args: None),
     "a forward": lambda block: setattr(block.norm, "forward", lambda x: x),
     "the mode": lambda block: block.eval(),
+    "a class": lambda block: setattr(block.norm, "__class__", type("Other", (type(block.norm),), {})),
 }
 
 

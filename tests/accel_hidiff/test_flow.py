@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.unets import unet_2d_blocks
-from torch import Tensor
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import accel_hidiff as ah
 from accel_hidiff.backends import BoundRegion
@@ -21,11 +30,12 @@ from accel_hidiff.regions.blocks import beside
 from accel_hidiff.regions.samplers import enlarged
 from accel_hidiff.topology import Topology
 from tests import models
+from tests.accel_hidiff.test_variants import add_lora
 from tests.compiled.conftest import relative_difference
 
 STEPS = 30
 TOPOLOGIES = [Topology(w, p, d) for w in (False, True) for p, d in ((False, False), (True, False), (False, True))]
-BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D")
+BLOCKS = (DownBlock2D, CrossAttnDownBlock2D, UNetMidBlock2DCrossAttn, UpBlock2D, CrossAttnUpBlock2D)
 
 
 class Served:
@@ -70,6 +80,7 @@ class Served:
     def fill(self, step: int, height: int, width: int, batch: int) -> None:
         """Puts regions that are not compiled where compiled ones would be."""
         unet, dispatcher = self.unet, self.handle._dispatcher
+        dispatcher.refresh()
         plan = self.handle.patch.plan(height * 8, width * 8, STEPS)
         graphs = self.handle._installed.unet.graphs(
             plan.at(step), height, width, batch, 77, dtype=unet.dtype, device=unet.device
@@ -102,22 +113,17 @@ def xl() -> Served:
 
 
 @pytest.fixture
-def no_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def no_blocks() -> Iterator[Callable[[], int]]:
     """How often a forward of one of diffusers' blocks ran, and that of each model of a pair by half."""
     count = 0
 
-    def counting(inner: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            return inner(*args, **kwargs)
+    def counting(module: Any, args: Any) -> None:
+        nonlocal count
+        count += isinstance(module, BLOCKS)
 
-        return forward
-
-    for name in BLOCKS:
-        kind = getattr(unet_2d_blocks, name)
-        monkeypatch.setattr(kind, "forward", counting(kind.forward))
-    return lambda: count
+    hook = register_module_forward_pre_hook(counting)
+    yield lambda: count
+    hook.remove()
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 16), (17, 27)], ids=str)
@@ -181,6 +187,94 @@ def test_what_happens_between_regions_is_left_to_diffusers(xl: Served, change: s
     assert relative_difference(got, want) < 1e-5 < 1e-3 < relative_difference(plain, want)
 
 
+def test_both_ends_are_asked_for_only_where_they_are_called(xl: Served) -> None:
+    """A graph that no call would run is not compiled, and not missed."""
+
+    def needed() -> set[str]:
+        graphs = xl.handle._installed.unet.graphs(Topology(), 16, 16, 2, 77, dtype=torch.float32, device=xl.unet.device)
+        return {graph.region.kind for graph, _ in graphs}
+
+    everything = {"resnet", "transformer", "head", "tail", "downsampler", "upsampler"}
+    assert needed() == everything
+    xl.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
+    xl.handle._dispatcher.refresh()
+    assert needed() == {"resnet", "transformer"}
+    xl.unet.disable_freeu()
+    xl.handle._dispatcher.refresh()
+    assert needed() == everything
+
+
+def test_hooks_that_were_taken_off_are_no_reason(xl: Served, no_blocks: Callable[[], int]) -> None:
+    """They leave the class's own forward on the module."""
+    add_hook_to_module(xl.unet.mid_block, ModelHook())
+    remove_hook_from_module(xl.unet.mid_block)
+    assert "forward" in vars(xl.unet.mid_block)
+    xl.both(STEPS - 1, 16, 16)
+    assert no_blocks() == 7
+
+
+@pytest.mark.parametrize("kind", [CrossAttnUpBlock2D, UNet2DConditionModel])
+@pytest.mark.parametrize("before", [True, False])
+def test_another_forward_of_a_class_is_called(
+    kind: type[nn.Module], before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At least where it was set before; on blocks later, too, which are called by diffusers' own forwards."""
+    inner, seen = kind.forward, []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self)
+        return inner(self, *args, **kwargs)
+
+    if before:
+        monkeypatch.setattr(kind, "forward", forward)
+    served = Served("sdxl")
+    monkeypatch.setattr(kind, "forward", forward)
+    got, want = served.both(STEPS - 1, 16, 16)
+    assert relative_difference(got, want) < 1e-5
+    if before or kind is CrossAttnUpBlock2D:
+        assert {id(module) for module in served.unet.modules() if type(module) is kind} <= set(map(id, seen))
+
+
+@pytest.mark.parametrize("layer", ["conv_in", "conv_out", "time_embedding.linear_1"])
+@pytest.mark.parametrize("before", [True, False])
+def test_lora_on_both_ends(layer: str, before: bool, no_blocks: Callable[[], int]) -> None:
+    pipe = models.build("sdxl", "text2img")
+    if before:
+        add_lora(pipe.unet, [layer])
+    xl = Served("sdxl", pipe)
+    if not before:
+        add_lora(xl.unet, [layer])
+    add_lora(xl.eager, [layer])
+    got, want = xl.both(STEPS - 1, 16, 16)
+    assert relative_difference(got, want) < 1e-5 and no_blocks() == 7
+    xl.unet.disable_adapters()
+    without, _ = xl.both(STEPS - 1, 16, 16)
+    assert relative_difference(without, want) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [DOWN, MID])
+def test_residuals_of_another_dtype_are_for_no_graph(xl: Served, kind: str) -> None:
+    """A package would read them as what it was compiled for."""
+    sizes = skip_sizes(xl.handle.patch.layout, xl.handle.patch.family, 16, 16, Topology())
+    width = xl.unet.config.block_out_channels[0]
+    given: dict[str, Any] = {DOWN: [torch.randn(2, width, *one) for one in sizes], MID: torch.randn(2, width, 4, 4)}
+    given[kind] = given[kind].double() if kind == MID else [one.double() for one in given[kind]]
+    positional, named = xl.given(16, 16)
+    with xl.handle.patch.phase(STEPS - 1, STEPS), torch.no_grad(), pytest.raises(RuntimeError, match=r"dtype|type"):
+        xl.unet(*positional, **named, **given)  # diffusers' own error
+    (reason,) = xl.handle.stats.rejected
+    assert reason.startswith("expected a ControlNet's residuals in torch.float32 on cpu") and "torch.float64" in reason
+
+
+def test_conditions_on_another_device_are_diffusers_to_refuse(xl: Served) -> None:
+    positional, named = xl.given(16, 16)
+    xl.fill(0, 16, 16, 2)
+    flow, added = xl.handle._installed.unet._flow, named["added_cond_kwargs"]
+    assert flow is not None and flow.inputs(xl.calls, *positional[:2], added) is not None
+    elsewhere = {**added, "time_ids": added["time_ids"].to("meta")}
+    assert flow.inputs(xl.calls, *positional[:2], elsewhere) is None
+
+
 def test_another_forward_of_a_block_is_called(xl: Served) -> None:
     block = xl.unet.up_blocks[0]
     inner, seen = block.forward, []
@@ -200,12 +294,14 @@ def test_a_forward_that_was_there_before_is_called() -> None:
     assert seen == [1]
 
 
-def test_parts_of_both_ends_that_are_exchanged_are_followed(xl: Served) -> None:
-    plain, _ = xl.both(STEPS - 1, 16, 16)
+@pytest.mark.parametrize("called", [True, False])
+def test_parts_of_both_ends_that_are_exchanged_are_followed(xl: Served, called: bool) -> None:
+    """Also before the first call."""
+    plain, _ = (xl if called else Served("sdxl")).both(STEPS - 1, 16, 16)
     for unet in (xl.unet, xl.eager):
         torch.manual_seed(3)
-        unet.conv_in = torch.nn.Conv2d(4, unet.conv_in.out_channels, 3, padding=1)
-        unet.time_embedding.linear_1 = torch.nn.Linear(
+        unet.conv_in = nn.Conv2d(4, unet.conv_in.out_channels, 3, padding=1)
+        unet.time_embedding.linear_1 = nn.Linear(
             unet.time_embedding.linear_1.in_features, unet.time_embedding.linear_1.out_features
         )
     got, want = xl.both(STEPS - 1, 16, 16)
@@ -261,7 +357,7 @@ class TestImages:
     def test_enlarged_by_nearest_neighbours(self, factor: int, memory_format: torch.memory_format) -> None:
         image = torch.randn(2, 3, 5, 7).contiguous(memory_format=memory_format)
         got = enlarged(image, factor, memory_format)
-        want = torch.nn.functional.interpolate(image, size=(5 * factor, 7 * factor), mode="nearest")
+        want = nn.functional.interpolate(image, size=(5 * factor, 7 * factor), mode="nearest")
         assert torch.equal(got, want) and got.is_contiguous(memory_format=memory_format)
 
 
@@ -277,11 +373,13 @@ class TestStructure:
         "change",
         [
             lambda unet: setattr(unet, "mid_block", None),
-            lambda unet: setattr(unet, "class_embedding", torch.nn.Embedding(2, 8)),
+            lambda unet: setattr(unet, "class_embedding", nn.Embedding(2, 8)),
             lambda unet: unet.down_blocks[0].downsamplers.append(unet.down_blocks[0].downsamplers[0]),
             lambda unet: unet.down_blocks[1].attentions.append(unet.down_blocks[1].attentions[0]),
+            lambda unet: setattr(unet.mid_block, "attentions", nn.ModuleList()),
+            lambda unet: setattr(unet, "conv_in", nn.Sequential(unet.conv_in)),
             lambda unet: setattr(unet.up_blocks[0].upsamplers[0], "use_conv", False),
-            lambda unet: setattr(unet, "encoder_hid_proj", torch.nn.Linear(4, 4)),
+            lambda unet: setattr(unet, "encoder_hid_proj", nn.Linear(4, 4)),
         ],
     )
     def test_another_structure_has_no_flow(self, change: Callable[[Any], Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.autoencoders.vae import Decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -225,7 +226,7 @@ class TestForms:
     def test_scores_count_among_the_largest_tensors(self) -> None:
         """Of a GPU's graph, whose indices they decide."""
         region, sizes = wide_decoder(), {"batch": 1, "height": 512, "width": 512}
-        assert region.largest(sizes) == 512**4 // 16 > 512**2 * region.width
+        assert region.largest(sizes, {}) == 512**4 // 16 > 512**2 * region.width
 
 
 class TestDetours:
@@ -261,7 +262,7 @@ class TestWideIndices:
     def test_a_call_of_large_tensors_has_a_graph_of_its_own(self, regions: dict[str, Region]) -> None:
         region = regions[DECODER]
         small, large = ({"batch": 1, "height": side, "width": side} for side in (64, 1 << 14))
-        assert region.largest(small) < 1 << 31 <= region.largest(large)
+        assert region.largest(small, {}) < 1 << 31 <= region.largest(large, {})
         graph = graph_of(region, PLAIN, small)
         wide = RegionGraph(**{**vars(graph), "wide": True})
         assert graph.key({}) != wide.key({})
@@ -275,9 +276,31 @@ class TestWideIndices:
         graph = graph_of(region, topology, sizes, "exact")
         with torch.no_grad(), Called() as seen:
             region.graph_module(graph.traits)(*graph.example())
-        told = region.largest(sizes)
+        told = region.largest(sizes, graph.traits)
         largest = seen.largest("aten.convolution.default", "aten.addmm.default", "aten.add.Tensor", "aten.mul.Tensor")
         assert told / 4 <= largest <= told
+
+    def test_scores_of_attention_that_writes_them_count(self, regions: dict[str, Region]) -> None:
+        region, sizes = regions[TRANSFORMER], {"batch": 2, "height": 128, "width": 128}
+        fused = region.largest(sizes, {})
+        layers = [layer for layer in region.module.modules() if isinstance(layer, Attention)]
+        before = layers[0].processor
+        layers[0].set_processor(AttnProcessor())
+        try:
+            assert region.largest(sizes, {}) == 2 * layers[0].heads * 128**4 > fused
+        finally:
+            layers[0].set_processor(before)
+
+    @pytest.mark.parametrize(("topology", "factor"), [(PLAIN, 2), (Topology(dilated=True), 4)], ids=str)
+    def test_an_upsampler_is_as_wide_as_what_it_gives(
+        self, regions: dict[str, Region], topology: Topology, factor: int
+    ) -> None:
+        upsamplers = (region for region in regions.values() if region.kind == "upsampler")
+        region = next(region for region in upsamplers if region.traits(topology)["factor"] == factor)
+        sizes = {"batch": 2, "height": 8, "width": 12}
+        given = region.graph_module(region.traits(topology))(*region.example({}, sizes, torch.float32, CPU))
+        assert given.shape[2:] == (8 * factor, 12 * factor)
+        assert region.largest(sizes, region.traits(topology)) == given.numel()
 
     @pytest.mark.parametrize(("side", "wide"), [(2048, False), (8192, True)])
     def test_sizes_choose(self, side: int, wide: bool) -> None:
@@ -332,3 +355,14 @@ def exported(graph: RegionGraph) -> torch.export.ExportedProgram:
 def test_the_mode_takes_other_forms() -> None:
     with TracedInForms({F.silu: lambda image, inplace: image * 0}):
         assert not F.silu(torch.ones(1, 2, 3, 3)).any() and F.silu(torch.ones(2)).any()
+
+
+def test_arguments_may_be_named() -> None:
+    torch.manual_seed(0)
+    image = torch.randn(2, 8, 5, 3).contiguous(memory_format=torch.channels_last)
+    tokens = {name: torch.randn(1, 2, 6, 4) for name in ("query", "key", "value")}
+    want = F.group_norm(image, 4), F.scaled_dot_product_attention(*tokens.values())
+    with forms_of(CUDA, torch.channels_last):
+        got = F.group_norm(input=image, num_groups=4), F.scaled_dot_product_attention(**tokens)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)

@@ -69,6 +69,11 @@ def test_residuals_of_a_controlnet_are_inputs_of_every_graph(whole: bool) -> Non
     assert judge_call(facts(extras=RESIDUALS, whole=whole)) is ACCEPT
 
 
+def test_a_sample_that_the_model_does_not_take_is_refused() -> None:
+    decision = judge_call(facts(channels=(4, 9)))
+    assert decision == Reject("expected a sample of 9 channels, got 4")
+
+
 def test_sizes_are_judged_by_the_bucket_of_the_artifact() -> None:
     bucket = ShapeBucket({"height": Range(16, 64, 8), "batch": Range.exactly(2)})
     assert judge_sizes("mid_block", bucket, {"height": 32, "batch": 2}) is ACCEPT
