@@ -8,7 +8,8 @@ the other: `precompile` (the trained demo model, one size, by two processes, and
 stored), `serving` (another thread's longest wait beside requests; what the first call of a request takes more than the
 next, processor time, on a UNet of SDXL's depth that computes nothing), `demo` (all of `accel-hidiff demo`), and for the
 trained demo model and the wider one with random weights `compile` (processor time of a region of each kind) and `steps`
-(processor time of a UNet call in each topology at three sizes, one thread). `--only` runs some of them.
+(processor time of a UNet call in each topology at three sizes, one thread); `decoder` compiles the trained model's
+decoder in each turn, of which `compile` has one alone. `--only` runs some of them.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from benchmarks import harness as h
 Run = Callable[[str, Path], dict[str, float]]  # of a checkout's name and place: figures
 
 _ARTIFACT_BYTES: Final = 100_000  # records and notes are smaller
-_PARTS: Final = ("precompile", "serving", "demo", "steps")
-_LONG: Final = ("demo", "steps")
+_PARTS: Final = ("precompile", "serving", "demo", "steps", "decoder")
+_LONG: Final = ("demo", "steps", "decoder")
 _MODELS: Final = ("trained", "random")
 _MODEL: Final = Path("accel_hidiff", "demo", "trained_model")
 
@@ -66,6 +67,13 @@ def main() -> None:
 
             compare_checkouts(report, f"compile, {model}", 1, checkouts, partial(run, "compile"))
             compare_checkouts(report, f"steps, {model}", turns, checkouts, partial(run, "steps"))
+        if "decoder" in parts:
+
+            def decoder(_: str, root: Path) -> dict[str, float]:
+                empty = tempfile.mkdtemp(dir=scratch)
+                return worker("steps_worker.py", root, Path(scratch), "decoder", str(root / _MODEL), empty)
+
+            compare_checkouts(report, "decoder", turns, checkouts, decoder)
 
 
 def compare_checkouts(

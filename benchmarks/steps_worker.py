@@ -1,7 +1,7 @@
 """The process of `against` that compiles and times steps: what an earlier checkout has too is all that it imports.
 
-PART MODEL CACHE are its arguments: "compile" fills the cache and "steps" serves from it; MODEL is a folder, or "random"
-for the demo's wider model with random weights.
+PART MODEL CACHE are its arguments: "compile" fills the cache and "steps" serves from it, "decoder" puts the VAE's
+decoder alone into it; MODEL is a folder, or "random" for the demo's wider model with random weights.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ def compile_seconds(handle: Any) -> dict[str, float]:
     return {**told, "compile_all_s": sum(everything), "artifacts": len(everything)}
 
 
+def decoder_seconds(handle: Any) -> dict[str, float]:
+    """Processor time of compiling the decoder."""
+    graphs = handle.needed([SIZES[0]], (STEPS,), batch_sizes=(2,)).distinct.values()
+    (graph,) = (graph for graph in graphs if graph.region.kind == "decoder")
+    began = cpu_seconds()
+    handle._dispatcher.binder.prepare(graph)
+    return {"compile_decoder_s": cpu_seconds() - began}
+
+
 def step_ms(handle: Any) -> dict[str, float]:
     """Processor time of a UNet call in each topology of each size, the median of some."""
     unet, found = handle.pipe.unet, {}
@@ -74,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = build_pipeline() if model == "random" else DiffusionPipeline.from_pretrained(model)
     handle = ah.accelerate(pipe, hidiffusion=ah.HiDiffusionConfig(), cache=cache)
-    figures = {"compile": compile_seconds, "steps": step_ms}[part](handle)
+    figures = {"compile": compile_seconds, "steps": step_ms, "decoder": decoder_seconds}[part](handle)
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 
