@@ -222,7 +222,7 @@ def _code(thing: Any) -> str:
 
 
 def _is_versioned(thing: Any) -> bool:
-    return thing.__module__.split(".")[0] in _VERSIONED
+    return str(thing.__module__).split(".")[0] in _VERSIONED
 
 
 @functools.lru_cache(maxsize=256)

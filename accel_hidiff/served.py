@@ -359,19 +359,15 @@ class ServedDecoder:
 
     def _forward(self, vae: Any) -> Forward:
         def forward(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            """Whole where more than latents are given: only the decoder knows how to cut the rest."""
             given, shadow = sample.dtype, self._in_dtype
             if shadow is not None:
                 shadow.follow(sample.device)
                 sample = sample.to(shadow.dtype)
+            if any(value is not None for value in (*args, *kwargs.values())):
+                return self._with_more(sample, *args, **kwargs).to(given)
             batch, _, height, width = sample.shape
             tiles = self.tiles(height, width, batch, sample.dtype, sample.device)
-
-            def run(cells: Tensor) -> Tensor:
-                return self._run(vae, cells, *args, **kwargs)
-
-            if any(value is not None for value in (*args, *kwargs.values())):
-                return run(sample).to(given)
+            run = partial(self._run, vae)
             if tiles is not None:
                 self._tell(tiles, height, width)
                 return decode_in_tiles(run, sample, tiles).to(given)
@@ -380,7 +376,7 @@ class ServedDecoder:
 
         return forward
 
-    def _run(self, vae: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, vae: Any, sample: Tensor) -> Any:
         assert self.region is not None, "served models are installed first"
         region = self.region
         self.dispatcher.refresh(DECODER)
@@ -396,10 +392,17 @@ class ServedDecoder:
         compiled = graph.calls.get(DECODER)
         if compiled is not None:
             try:
-                return region.forward_with(compiled, None, sample, *args, **kwargs)
+                return region.forward_with(compiled, None, sample)
             except ArtifactFailed as failed:
                 self.dispatcher.quarantine(failed)
-        return region.inner(sample, *args, **kwargs)
+        return region.inner(sample)
+
+    def _with_more(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Whole, and eager: no graph takes an image or a mask beside latents, and only the decoder could cut them."""
+        assert self.region is not None, "served models are installed first"
+        if self._compiled:
+            self.dispatcher.fall_back("the VAE decodes with more than latents, which are all that its graph takes")
+        return self.region.inner(sample, *args, **kwargs)
 
     def _tell(self, tiles: Tiles, height: int, width: int) -> None:
         if tiles in self._told:
