@@ -79,7 +79,7 @@ def mixed_residuals(sample: Tensor, down: Sequence[Tensor] | None, mid: Tensor |
     """The dtypes and devices of a ControlNet's residuals where they are not the sample's. Cheap, as `call_name`."""
     given = [*(down or ()), *(() if mid is None else (mid,))]
     others = {(one.dtype, one.device) for one in given} - {(sample.dtype, sample.device)}
-    return tuple(sorted(f"{dtype} on {device}" for dtype, device in others)) if others else ()
+    return tuple(sorted(f"{dtype} on {device}" for dtype, device in others))
 
 
 def hook_of(module: Any) -> str:

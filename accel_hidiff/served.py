@@ -37,6 +37,7 @@ from accel_hidiff.dispatch import Dispatcher, Graph
 from accel_hidiff.errors import GraphMiss
 from accel_hidiff.facts import call_facts, call_name, hook_of, mixed_residuals
 from accel_hidiff.families import Layout, Size, feature_sizes, sampler_sizes, upsampling
+from accel_hidiff.fingerprint import is_replaced
 from accel_hidiff.flow import HEAD, TAIL, Flow, skip_channels
 from accel_hidiff.forwards import Forward
 from accel_hidiff.guard import CallFacts
@@ -103,8 +104,8 @@ class ServedUNet:
                 self._between = between_blocks(unet, patch)
                 self.regions += self._between
                 flow = Flow(UNET, unet, {region.path: region for region in self.regions}, patch.family)
-                replaced = getattr(unet.forward, "__func__", None) is not type(unet).forward
-                self._flow = flow if flow.is_whole and not replaced else None  # whoever replaced it is called
+                # Whoever replaced the UNet's forward is called.
+                self._flow = flow if flow.is_whole and not is_replaced(unet) else None
         self.dispatcher.register(UNET, unet, self.regions)
 
     def run(
